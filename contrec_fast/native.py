@@ -1,0 +1,28 @@
+"""The optional C++ extension ``contrec_fast._C``: whether it is there, and what it found.
+
+The package works without it (plain PyTorch serves every operation); the installation leaves it
+out where no C++ compiler was found.
+"""
+
+try:
+    from contrec_fast import _C
+except ImportError as error:
+    _C = None
+    _missing = " ".join(str(error).split())
+else:
+    _missing = None
+
+
+def build_info() -> dict | None:
+    """What the extension was built with and what it finds on this machine; None without it.
+
+    Keys: ``compiler`` (str, name and version), ``openmp`` (bool), ``openmp_max_threads`` (int, of
+    the extension's own OpenMP runtime; torch has another one), ``cpu_features`` (dict of bool:
+    instruction sets that the processor and the operating system support).
+    """
+    return None if _C is None else _C.build_info()
+
+
+def why_missing() -> str | None:
+    """One line: why the extension could not be imported; None where it was."""
+    return _missing
