@@ -1,0 +1,310 @@
+"""`sample`: a plan made once, then conditions to vectors by the reverse diffusion.
+
+The plan holds everything that does not depend on the users. `SamplingPlan.__call__` with
+`draw="path"` follows the chain step by step; with `draw="law"` it samples the chain's exact
+distribution, which is Gaussian for a linear denoiser (all of its steps are affine).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from contrec_fast.models.denoisers import Denoiser, LinearDenoiser
+from contrec_fast.models.schedules import alpha_bars, respaced_indices, sampler_coefficients
+from contrec_fast.ops.checks import check
+from contrec_fast.ops.denoise import describe, guided
+from contrec_fast.ops.dispatch import implements, resolve
+from contrec_fast.ops.noise import MAX_STEPS, philox_normal
+
+# Matrix products of few rows take other code paths in CPU libraries and round differently;
+# a whole number of these blocks keeps a row's bits independent of its batch.
+ROW_BLOCK = 16
+
+
+def step_noise(
+    condition: Tensor, seed: Tensor, user_ids: Tensor, samples: int, noise: Tensor | None, step: int
+) -> Tensor:
+    """Noise [S, B, D] of one step: scripted if given, else counter-based."""
+    if noise is not None:
+        return noise[:, step]
+    dim = condition.shape[1]
+    draws = [philox_normal(seed, user_ids, dim, step, draw) for draw in range(samples)]
+    return torch.stack(draws).to(condition.dtype)
+
+
+@implements("sample")
+def _sample(
+    condition: Tensor,
+    seed: Tensor,
+    user_ids: Tensor,
+    samples: int,
+    noise: Tensor | None,
+    weights: list[Tensor],
+    times: Tensor,
+    coefficients: Tensor,
+    description: str,
+    guidance: float,
+) -> Tensor:
+    """Step by step, all draws of all users as rows of one batch.
+
+    Args:
+        condition: [B, D]. seed: int64 scalar. user_ids: [B] int64. noise: [S, steps, B, D].
+        weights, description: the denoiser. times: [steps, D] time embeddings.
+        coefficients: [steps, 3] of `schedules.sampler_coefficients`.
+
+    Returns:
+        [S, B, D].
+    """
+    batch, dim = condition.shape
+    if batch == 0:
+        return condition.new_empty(samples, 0, dim)
+    rows = samples * batch
+    padded = -(-rows // ROW_BLOCK) * ROW_BLOCK
+
+    def as_rows(tensor: Tensor) -> Tensor:
+        return nn.functional.pad(tensor.reshape(rows, dim), (0, 0, 0, padded - rows))
+
+    def noise_of(step: int) -> Tensor:
+        return as_rows(step_noise(condition, seed, user_ids, samples, noise, step))
+
+    table = coefficients.to(condition.dtype)
+    stochastic = (coefficients[:, 2] > 0).tolist()
+    condition_rows = as_rows(condition.expand(samples, batch, dim))
+    x = noise_of(0)
+    for step in range(len(table)):
+        x0 = guided(description, weights, x, condition_rows, times[step], guidance)
+        x = table[step, 0] * x0 + table[step, 1] * x
+        if stochastic[step]:
+            x = x + table[step, 2] * noise_of(step + 1)
+    return x[:rows].reshape(samples, batch, dim)
+
+
+@torch.library.custom_op("contrec::sample", mutates_args=())
+def _registered(
+    condition: Tensor,
+    seed: Tensor,
+    user_ids: Tensor,
+    samples: int,
+    noise: Tensor | None,
+    weights: list[Tensor],
+    times: Tensor,
+    coefficients: Tensor,
+    description: str,
+    guidance: float,
+    backend: str,
+) -> Tensor:
+    return resolve("sample", backend)(
+        condition, seed, user_ids, samples, noise, weights, times, coefficients,
+        description, guidance,
+    )  # fmt: skip
+
+
+@_registered.register_fake
+def _(condition, seed, user_ids, samples, *rest):
+    return condition.new_empty(samples, *condition.shape)
+
+
+class SamplingPlan(nn.Module):
+    """What a sampler needs besides the users: frozen weights, time embeddings, coefficients.
+
+    Made by `plan_sampling`. Buffers: `coefficients` [steps, 3] float64, `timestep_indices`
+    [steps] int64 and `times` [steps, D], all in the order in which steps are executed.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: str,
+        timesteps: int,
+        method: str,
+        steps: int | None,
+        guidance: float,
+    ):
+        super().__init__()
+        self.description, self.guidance, self.dim = describe(denoiser), guidance, denoiser.dim
+        self.linear = isinstance(denoiser, LinearDenoiser)
+        # Not registered: only watched, to notice that the plan has grown stale.
+        self._sources = tuple((p, _version(p)) for p in denoiser.parameters())
+        device = denoiser.null_condition.device
+        indices = respaced_indices(timesteps, steps)
+        coefficients = sampler_coefficients(alpha_bars(schedule, timesteps), indices, method)
+        with torch.no_grad():
+            times = denoiser.time_embedding(indices.to(device))
+        self.steps = len(indices)
+        self.noise_steps = 1 + int((coefficients[:, 2] > 0).sum())
+        self.register_buffer("timestep_indices", indices.to(device), persistent=False)
+        self.register_buffer("coefficients", coefficients.to(device), persistent=False)
+        self.register_buffer("times", times, persistent=False)
+        self._names = []
+        for name, parameter in denoiser.named_parameters():
+            self._names.append("weight_" + name.replace(".", "_"))
+            self.register_buffer(self._names[-1], parameter.detach().clone(), persistent=False)
+        self._law = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Frozen copies of the denoiser's parameters, in its order."""
+        return [getattr(self, name) for name in self._names]
+
+    def forward(
+        self,
+        condition: Tensor,
+        seed: int | Tensor = 0,
+        user_ids: Tensor | None = None,
+        samples: int = 1,
+        noise: Tensor | None = None,
+        draw: str = "path",
+        backend: str = "auto",
+    ) -> Tensor:
+        """Sample item-space vectors.
+
+        Args:
+            condition: [B, D] in the denoiser's dtype, on the plan's device.
+            seed: key of the noise, an int or an int64 scalar tensor.
+            user_ids: [B] int64 stable ids that key the noise; 0..B-1 if not given. A user's
+                vector depends on its id and the seed, not on its place in the batch.
+            samples: draws per user, S.
+            noise: scripted noise instead: [steps, B, D], entry 0 is x_T, then one entry per
+                ancestral step except the last ([1, B, D] is enough for a deterministic method
+                and for `draw="law"`); with several draws [S, steps, B, D].
+            draw: "path" follows the chain; "law" draws from its distribution in closed form
+                (linear denoisers only), using the noise of entry 0.
+            backend: "auto" or a name from `ops.backends()`.
+
+        Returns:
+            [B, D], or [S, B, D] for several draws.
+
+        Raises:
+            RuntimeError: the denoiser's parameters changed since the plan was made (in
+                compiled code this is checked when tracing).
+            TypeError, ValueError: wrong dtype, shape, device, draw or backend, in one line.
+        """
+        if not torch.compiler.is_compiling():
+            self.check_fresh()
+        check("condition", condition, ("B", self.dim), (self.times.dtype,), like=self.times)
+        if not isinstance(samples, int) or samples < 1 or samples >= MAX_STEPS:
+            raise ValueError(f"samples: expected 1 to {MAX_STEPS - 1}, got {samples!r}")
+        batch, device = len(condition), condition.device
+        if draw not in ("path", "law"):
+            raise ValueError(f"draw: expected 'path' or 'law', got {draw!r}")
+        if draw == "law" and not self.linear:
+            raise ValueError("draw: 'law' needs a LinearDenoiser; other chains are not Gaussian")
+        if user_ids is None:
+            user_ids = torch.arange(batch, device=device)
+        check("user_ids", user_ids, (batch,), (torch.int64,), like=condition)
+        seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+        if noise is not None:
+            noise = self._check_noise(noise, condition, samples, draw)
+        if draw == "law":
+            y = self._draw_law(condition, seed, user_ids, samples, noise)
+        else:
+            arguments = (
+                condition, seed, user_ids, samples, noise, self.weights, self.times,
+                self.coefficients, self.description, float(self.guidance),
+            )  # fmt: skip
+            if torch.compiler.is_compiling():
+                y = torch.ops.contrec.sample(*arguments, backend)
+            else:
+                with torch.no_grad():
+                    y = resolve("sample", backend)(*arguments)
+        return y if samples > 1 else y[0]
+
+    def check_fresh(self):
+        """Raise RuntimeError if the denoiser has changed since the plan was made."""
+        if any(_version(parameter) != version for parameter, version in self._sources):
+            raise RuntimeError(
+                "plan: the denoiser's parameters changed after plan_sampling; make a new plan"
+            )
+
+    def _check_noise(self, noise: Tensor, condition: Tensor, samples: int, draw: str) -> Tensor:
+        """Scripted noise as [S, steps, B, D]."""
+        needed = 1 if draw == "law" else self.noise_steps
+        lead = (samples, "steps") if samples > 1 else ("steps",)
+        check("noise", noise, (*lead, *condition.shape), (condition.dtype,), like=condition)
+        entries = noise.shape[-3]
+        if entries not in (needed, self.steps):
+            raise ValueError(f"noise: expected {needed} or {self.steps} steps, got {entries}")
+        return noise if samples > 1 else noise[None]
+
+    @torch.no_grad()
+    def _draw_law(self, condition, seed, user_ids, samples, noise):
+        if self._law is None or self._law[0].device != condition.device:
+            weight, bias = self.get_buffer("weight_output_weight"), self.weight_output_bias
+            self._law = linear_law(
+                weight, bias, self.weight_null_condition, self.times, self.coefficients,
+                self.guidance,
+            )  # fmt: skip
+        matrix, offset, factor = self._law
+        z = step_noise(condition, seed, user_ids, samples, noise, 0)
+        return condition @ matrix.T + offset + z @ factor.T
+
+
+def linear_law(
+    weight: Tensor,
+    bias: Tensor,
+    null: Tensor,
+    times: Tensor,
+    coefficients: Tensor,
+    guidance: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gaussian that a linear denoiser's whole guided chain amounts to.
+
+    With `f(x, h, t) = W_x x + W_h h + W_t t + b` every step is affine in x, h and the noise,
+    so `y = M h + m + L z`, z standard normal. The last step returns its prediction, hence the
+    covariance `W_x S W_x^T` with S the covariance before it, and `L = W_x chol(S)`, which needs
+    no factor of the possibly singular product. Without ancestral noise, L is the matrix that
+    x_T passes through. Computed in float64.
+
+    Args:
+        weight: [D, 3D] on `[x, h, t]`. bias, null: [D]. times: [steps, D].
+        coefficients: [steps, 3]. guidance: w.
+
+    Returns:
+        M [D, D], m [D], L [D, D] in the dtype of `weight`.
+    """
+    dtype, dim = weight.dtype, len(bias)
+    w_x, w_h, w_t = weight.double().split(dim, dim=1)
+    w_h_guided = (1 + guidance) * w_h
+    constants = times.double() @ w_t.T + bias.double() - guidance * (w_h @ null.double())
+    eye = torch.eye(dim, dtype=torch.float64, device=weight.device)
+    matrix, offset = torch.zeros_like(eye), torch.zeros_like(constants[0])
+    path, covariance = eye, eye
+    for (c_x0, c_x, sigma), constant in zip(coefficients.tolist()[:-1], constants):
+        step = c_x0 * w_x + c_x * eye
+        matrix = step @ matrix + c_x0 * w_h_guided
+        offset = step @ offset + c_x0 * constant
+        path = step @ path
+        covariance = step @ covariance @ step.T + sigma**2 * eye
+    deterministic = not bool((coefficients[:, 2] > 0).any())
+    factor = path if deterministic else torch.linalg.cholesky(covariance)
+    last = (w_x @ matrix + w_h_guided, w_x @ offset + constants[-1], w_x @ factor)
+    return tuple(tensor.to(dtype) for tensor in last)
+
+
+def _version(parameter: Tensor) -> tuple:
+    """Changes when a parameter is written to or replaced (inference tensors keep no count)."""
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
+def plan_sampling(
+    denoiser: Denoiser,
+    schedule: str = "exp",
+    timesteps: int = 200,
+    method: str = "ddpm",
+    steps: int | None = None,
+    guidance: float = 2.0,
+) -> SamplingPlan:
+    """Prepare a sampler; call the plan with conditions to draw vectors.
+
+    Args:
+        denoiser: LinearDenoiser, MLPDenoiser or AdaLNDenoiser, predicting x0.
+        schedule: "exp". timesteps: T, the steps of the training schedule.
+        method: "ddpm" (ancestral) or "ddim" (deterministic).
+        steps: how many of the T steps to visit, evenly spaced; all of them if not given.
+        guidance: w in `(1 + w) f(x, h, t) - w f(x, null, t)`; 0 switches it off.
+
+    Raises:
+        TypeError, ValueError: an argument is unknown or out of range, in one line.
+    """
+    if timesteps >= MAX_STEPS:
+        raise ValueError(f"timesteps: expected fewer than {MAX_STEPS}, got {timesteps}")
+    return SamplingPlan(denoiser, schedule, timesteps, method, steps, guidance)
