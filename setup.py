@@ -46,7 +46,7 @@ class BuildExtension(build_ext):
         """Whether a program with OpenMP compiles and links."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "openmp.cpp")
-            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }")
             try:
                 objects = self.compiler.compile(
                     [str(source)], output_dir=folder, extra_postargs=["-fopenmp"]

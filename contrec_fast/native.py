@@ -1,14 +1,16 @@
 """The optional C++ extension ``contrec_fast._C``: whether it is there, and what it found.
 
-The package works without it (plain PyTorch serves every operation); the installation leaves it
-out where no C++ compiler was found.
+The package works without it; an installation without a C++ compiler leaves it out.
 """
 
 try:
-    from contrec_fast import _C
-except ImportError as error:
+    import contrec_fast._C as _C
+except ModuleNotFoundError as error:
     _C = None
-    _missing = " ".join(str(error).split())
+    _missing = f"{error}: not built; install contrec-fast where a C++17 compiler is found"
+except ImportError as error:  # built, but it cannot be loaded: another Python, a missing library
+    _C = None
+    _missing = str(error)
 else:
     _missing = None
 
@@ -25,4 +27,4 @@ def build_info() -> dict | None:
 
 def why_missing() -> str | None:
     """One line: why the extension could not be imported; None where it was."""
-    return _missing
+    return None if _missing is None else " ".join(_missing.split())
