@@ -1,0 +1,177 @@
+"""`cosine_topk`: exact top-K by cosine similarity with a bonus, seen items excluded.
+
+The specification of a score, in float64: products summed in a fixed order, divided by the two
+norms, times `1 + pi` where the item's group matches; rounded once to float32. Lists are ordered
+by (score descending, item id ascending). Candidates come from a float32 scan whose error is
+bounded; a list is taken only when no item outside the candidates can belong to it. So the
+result is the same bits whatever the batch, the scan or its chunks.
+"""
+
+import torch
+from torch import Tensor
+
+from contrec_fast.ops.catalog import Catalog, SeenLists, fixed_order_sum, norms_of
+from contrec_fast.ops.checks import FLOATS, INTEGERS, check
+from contrec_fast.ops.dispatch import implements, resolve
+
+SPARE_CANDIDATES = 32  # rescored beyond k, so that a certificate seldom fails
+SCAN_ELEMENTS = 1 << 24  # scores held at once
+RESCORE_ELEMENTS = 1 << 22  # float64 products held at once
+
+
+@implements("cosine_topk")
+def _cosine_topk(
+    queries: Tensor,
+    vectors: Tensor,
+    norms: Tensor,
+    scan: Tensor,
+    groups: Tensor,
+    eligible: Tensor,
+    k: int,
+    matched: Tensor | None,
+    pi: float,
+    seen_offsets: Tensor | None,
+    seen_ids: Tensor | None,
+    seen_rows: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    count, dim = vectors.shape
+    scores = queries.new_empty((len(queries), k), dtype=torch.float32)
+    ids = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
+    query_norms = norms_of(queries)
+    unit = (queries / query_norms.clamp(min=torch.finfo(torch.float64).tiny)[:, None]).float()
+    # |float32 dot - exact| for unit vectors in any order of summation, both roundings to
+    # float32 of the inputs, the product with 1 + pi, and one unit in the last place of a score.
+    error = (1 + pi) * (dim + 16) * 2.0**-24
+    bonus = None
+    if matched is not None and pi > 0:
+        # A last column that never matches serves the items of group -1.
+        padded = torch.nn.functional.pad(matched, (0, 1))
+        bonus = torch.where(padded, 1.0 + pi, 1.0).double()
+
+    def search(rows: Tensor, candidates: int):
+        """Fill in the lists of some queries from this many candidates each."""
+        approximate = unit[rows] @ scan.T
+        if bonus is not None:
+            approximate *= bonus.float()[rows][:, groups]
+        approximate.masked_fill_(~eligible, -torch.inf)
+        if seen_rows is not None:
+            user = seen_rows[rows]
+            start = seen_offsets[user.clamp(min=0)]
+            length = torch.where(user < 0, 0, seen_offsets[user.clamp(min=0) + 1] - start)
+            local = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
+            within = torch.arange(len(local), device=rows.device)
+            first = torch.repeat_interleave(start - (length.cumsum(0) - length), length)
+            approximate[local, seen_ids[first + within]] = -torch.inf
+        best, found = approximate.topk(candidates, dim=1)
+        usable = best > -torch.inf
+        found = found.masked_fill(~usable, count).sort(dim=1).values
+        usable, found = found < count, found.clamp(max=count - 1)
+        products = queries[rows].double()[:, None] * vectors[found].double()
+        # A zero query has no direction: all of its scores are 0, not 0 / 0.
+        scale = query_norms[rows][:, None] * norms[found]
+        exact = fixed_order_sum(products) / scale.masked_fill(scale == 0, 1.0)
+        if bonus is not None:
+            exact = exact * bonus[rows].gather(1, groups[found] % bonus.shape[1])
+        exact = exact.float().masked_fill(~usable, -torch.inf)
+        order = exact.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        scores[rows] = exact.gather(1, order)
+        ids[rows] = found.gather(1, order).masked_fill(~usable.gather(1, order), -1)
+        # Whatever was left out scores at most best[-1] + error.
+        certain = (best[:, -1] + 2 * error < best[:, k - 1]) | ~usable[:, -1]
+        if candidates < count and not certain.all():
+            in_chunks(rows[~certain], min(count, 8 * candidates))
+
+    def in_chunks(rows: Tensor, candidates: int):
+        chunk = min(SCAN_ELEMENTS // count, RESCORE_ELEMENTS // (candidates * dim))
+        for part in rows.split(max(1, chunk)):
+            search(part, candidates)
+
+    in_chunks(torch.arange(len(queries), device=queries.device), min(count, k + SPARE_CANDIDATES))
+    return scores, ids
+
+
+@torch.library.custom_op("contrec::cosine_topk", mutates_args=())
+def _registered(
+    queries: Tensor,
+    vectors: Tensor,
+    norms: Tensor,
+    scan: Tensor,
+    groups: Tensor,
+    eligible: Tensor,
+    k: int,
+    matched: Tensor | None,
+    pi: float,
+    seen_offsets: Tensor | None,
+    seen_ids: Tensor | None,
+    seen_rows: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return resolve("cosine_topk", backend)(
+        queries, vectors, norms, scan, groups, eligible, k, matched, pi,
+        seen_offsets, seen_ids, seen_rows,
+    )  # fmt: skip
+
+
+@_registered.register_fake
+def _(queries, vectors, norms, scan, groups, eligible, k, *rest):
+    scores = queries.new_empty((len(queries), k), dtype=torch.float32)
+    return scores, queries.new_empty((len(queries), k), dtype=torch.int64)
+
+
+def cosine_topk(
+    queries: Tensor,
+    catalog: Catalog,
+    k: int,
+    matched: Tensor | None = None,
+    pi: float = 0.0,
+    seen: SeenLists | None = None,
+    seen_rows: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The k best items of each query by `cos(query, item) * (1 + pi * [item matches])`.
+
+    Exact, and bitwise independent of the batch. Ties go to the lower item id.
+
+    Args:
+        queries: [B, D]; a zero query scores 0 with every item.
+        catalog: the N items. k: 1 to N.
+        matched: [B, G] bool, whether the query's text names group g; G is at least the
+            catalog's `num_groups`.
+        pi: weight of the bonus, 0 or more.
+        seen: lists of items to leave out. seen_rows: [B] int64 row of `seen` for each query,
+            -1 for none. Given together.
+
+    Returns:
+        scores [B, k] float32 descending, ids [B, k] int64. Where fewer than k items are
+        eligible and unseen, the rest is (-inf, -1).
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, value or backend, in one line.
+    """
+    if not isinstance(catalog, Catalog):
+        raise TypeError(f"catalog: expected an ops.Catalog, got {type(catalog).__name__}")
+    check("queries", queries, ("B", catalog.vectors.shape[1]), FLOATS, like=catalog.vectors)
+    if not isinstance(k, int) or not 1 <= k <= len(catalog):
+        raise ValueError(f"k: expected 1 to the catalog's {len(catalog)} items, got {k}")
+    if not 0 <= pi < float("inf"):
+        raise ValueError(f"pi: expected 0 or more, got {pi}")
+    if matched is not None:
+        check("matched", matched, (len(queries), "G"), (torch.bool,), like=queries)
+        if matched.shape[1] < catalog.num_groups:
+            raise ValueError(
+                f"matched: expected at least {catalog.num_groups} groups, got {matched.shape[1]}"
+            )
+    if (seen is None) != (seen_rows is None):
+        raise ValueError("seen, seen_rows: expected both or neither, got one")
+    if seen is not None:
+        check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
+        if seen.bound > len(catalog):
+            raise ValueError(f"seen: expected ids below {len(catalog)}, got {seen.bound - 1}")
+    arguments = (
+        queries.detach(), catalog.vectors, catalog.norms, catalog.scan, catalog.groups,
+        catalog.eligible, k, matched, float(pi), seen and seen.offsets, seen and seen.ids,
+        seen_rows,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.ops.contrec.cosine_topk(*arguments, backend)
+    return resolve("cosine_topk", backend)(*arguments)
