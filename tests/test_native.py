@@ -4,8 +4,10 @@ import platform
 from pathlib import Path
 
 import pytest
+import torch
 
 from contrec_fast import native
+from contrec_fast.ops import noise
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -61,18 +63,79 @@ def test_cpu_features_agree_with_the_kernel():
     assert features == {name: name in flags for name in features}
 
 
+LOAD_WITHOUT_TORCH = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+sys.modules['torch'] = None
+spec = spec_from_file_location('contrec_fast._C', {path!r})
+extension = module_from_spec(spec)
+spec.loader.exec_module(extension)
+print(extension.build_info()['openmp_max_threads'])
+"""
+
+
 @needs_extension
 @pytest.mark.parametrize("threads", [1, 3])
-def test_openmp_threads_follow_the_environment(run_python, threads):
-    code = "from contrec_fast import native; print(native.build_info()['openmp_max_threads'])"
+def test_the_extension_needs_no_torch_and_follows_omp_num_threads(run_python, threads):
+    code = LOAD_WITHOUT_TORCH.format(path=native._C.__file__)
     expected = threads if native.build_info()["openmp"] else 1
     assert int(run_python(code, OMP_NUM_THREADS=str(threads)).stdout) == expected
 
 
+def random_int64(*shape):
+    return torch.randint(-(2**63), 2**63 - 1, shape)
+
+
+def specified_normals(seed, user_ids, dim, step, draw):
+    """The noise's definition, from its two parts in plain PyTorch."""
+    low = 0xFFFFFFFF
+    users = user_ids[:, None]
+    blocks = torch.arange((dim + 3) // 4)[None, :]
+    counter = (blocks, torch.tensor(step + 65536 * draw), users & low, users >> 32 & low)
+    words = noise.philox(counter, (seed & low, seed >> 32 & low))
+    normals = [*noise.normals_of(*words[:2]), *noise.normals_of(*words[2:])]
+    return torch.stack(normals, dim=-1).flatten(1)[:, :dim]
+
+
 @needs_extension
-def test_the_extension_does_not_need_torch(run_python):
-    run_python(
-        "import sys; sys.modules['torch'] = None\n"
-        "import contrec_fast._C as extension\n"
-        "assert extension.build_info()"
-    )
+@pytest.mark.parametrize("batch, dim", [(0, 5), (3, 0), (1, 1), (3, 3), (127, 129), (5, 513)])
+def test_philox_normal_is_the_specified_noise(batch, dim):
+    seed, user_ids = random_int64(), random_int64(2 * batch)[::2]  # not contiguous
+    step, draw = torch.randint(65536, (2,)).tolist()
+    result = native.philox_normal(seed, user_ids, dim, step, draw)
+    expected = specified_normals(seed, user_ids, dim, step, draw)
+    assert result.shape == (batch, dim) and result.dtype == torch.float32
+    apart = result.view(torch.int32).long() - expected.view(torch.int32).long()
+    assert not (apart.abs() > 1).any()
+    assert (apart != 0).sum() <= 2
+
+
+@needs_extension
+def test_philox_normal_writes_its_rows_and_no_further():
+    batch, dim = 7, 131
+    user_ids, out = random_int64(batch), torch.full((batch * dim + 64,), torch.nan)
+    native._C.philox_normal(1, user_ids.data_ptr(), batch, dim, 0, out.data_ptr(), 1)
+    assert not out[: batch * dim].isnan().any()
+    assert out[batch * dim :].isnan().all()
+
+
+@needs_extension
+def test_philox_normal_does_not_depend_on_batch_or_threads():
+    seed, user_ids = random_int64(), random_int64(1025)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = native.philox_normal(seed, user_ids, 259, 3)
+        torch.set_num_threads(3)
+        three = native.philox_normal(seed, user_ids, 259, 3)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, three)
+    some = torch.randperm(1025)[:17]
+    assert torch.equal(native.philox_normal(seed, user_ids[some], 259, 3), one[some])
+    assert torch.equal(native.philox_normal(seed, user_ids[some], 67, 3), one[some][:, :67])
+
+
+def test_serves_only_eager_cpu_tensors():
+    assert native.serves(torch.empty(1)) == (native.build_info() is not None)
+    assert not native.serves(torch.empty(1, device="meta"))
