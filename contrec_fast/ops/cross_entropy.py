@@ -7,6 +7,8 @@ from torch import Tensor
 from contrec_fast.ops.checks import FLOATS, check
 from contrec_fast.ops.dispatch import implements, resolve
 
+NO_INDEX = torch.iinfo(torch.int64).min
+
 
 @implements("catalog_cross_entropy")
 def _catalog_cross_entropy(
@@ -14,7 +16,9 @@ def _catalog_cross_entropy(
 ) -> Tensor:
     if similarity == "cosine":
         queries, vectors = F.normalize(queries, dim=-1), F.normalize(vectors, dim=-1)
-    return F.cross_entropy(queries @ vectors.T / temperature, targets, reduction="none")
+    logits = queries @ vectors.T / temperature
+    # The default ignored index, -100, would pass as a target of no loss.
+    return F.cross_entropy(logits, targets, ignore_index=NO_INDEX, reduction="none")
 
 
 def _registered(queries, vectors, targets, temperature, similarity, backend):

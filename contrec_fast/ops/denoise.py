@@ -6,6 +6,7 @@ from which its architecture is rebuilt (`describe`, `rebuild`).
 
 import functools
 import json
+import threading
 
 import torch
 from torch import Tensor
@@ -29,9 +30,14 @@ def describe(denoiser: Denoiser) -> str:
     raise TypeError(f"denoiser: expected one of {names}, got {type(denoiser).__name__}")
 
 
-@functools.lru_cache(maxsize=64)
 def rebuild(description: str) -> tuple[Denoiser, tuple[str, ...]]:
     """The architecture without storage, and its parameters' names in order."""
+    # `functional_call` puts weights into the skeleton for a while: threads must not share one.
+    return _rebuild(description, threading.get_ident())
+
+
+@functools.lru_cache(maxsize=64)
+def _rebuild(description: str, thread: int) -> tuple[Denoiser, tuple[str, ...]]:
     kind, arguments = json.loads(description)
     with torch.device("meta"):
         skeleton = DENOISERS[kind](**arguments)

@@ -12,11 +12,13 @@ from contrec_fast.ops.dispatch import implements, resolve
 def _gather_tokens(
     token_ids: Tensor, rows: Tensor, text_table: Tensor, token_table: Tensor
 ) -> Tensor:
-    continuous = rows >= 0
-    text = F.embedding(token_ids.masked_fill(continuous, 0), text_table)
+    continuous = rows != -1
+    # Without continuous tokens no row exists: let the look-up refuse it as any other id.
+    unused = 0 if len(token_table) else len(text_table)
+    text = F.embedding(token_ids.masked_fill(continuous, unused), text_table)
     if len(token_table) == 0:
         return text
-    tokens = F.embedding(rows.clamp(min=0), token_table)
+    tokens = F.embedding(rows.masked_fill(~continuous, 0), token_table)
     return torch.where(continuous[..., None], tokens, text)
 
 

@@ -57,7 +57,7 @@ def _cosine_topk(
         if seen_rows is not None:
             user = seen_rows[rows]
             start = seen_offsets[user.clamp(min=0)]
-            length = torch.where(user < 0, 0, seen_offsets[user.clamp(min=0) + 1] - start)
+            length = seen_offsets[(user + 1).clamp(min=0)] - start  # 0 where user is -1
             local = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
             within = torch.arange(len(local), device=rows.device)
             first = torch.repeat_interleave(start - (length.cumsum(0) - length), length)
@@ -164,13 +164,15 @@ def cosine_topk(
     if (seen is None) != (seen_rows is None):
         raise ValueError("seen, seen_rows: expected both or neither, got one")
     if seen is not None:
+        if not isinstance(seen, SeenLists):
+            raise TypeError(f"seen: expected an ops.SeenLists, got {type(seen).__name__}")
         check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
         if seen.bound > len(catalog):
             raise ValueError(f"seen: expected ids below {len(catalog)}, got {seen.bound - 1}")
     arguments = (
         queries.detach(), catalog.vectors, catalog.norms, catalog.scan, catalog.groups,
-        catalog.eligible, k, matched, float(pi), seen and seen.offsets, seen and seen.ids,
-        seen_rows,
+        catalog.eligible, k, matched, float(pi),
+        None if seen is None else seen.offsets, None if seen is None else seen.ids, seen_rows,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.contrec.cosine_topk(*arguments, backend)
