@@ -82,6 +82,11 @@ class Dataset:
                     f"got {values.min()} to {values.max()}"
                 )
 
+    def of_users(self, rows: np.ndarray) -> "Dataset":
+        """The same catalog with some of the users, in the order of their rows [R]."""
+        users = [self.user_ids[row] for row in rows]
+        return Dataset(self.items, users, [self.histories[row] for row in rows], self.targets[rows])
+
 
 def read_folder(path, holdout: str = "test") -> Dataset:
     """Read a folder of `train.txt`, `test.txt`, optional `item_list.txt` and `user_list.txt`.

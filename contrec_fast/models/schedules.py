@@ -1,8 +1,10 @@
-"""Noise schedules and the coefficients of diffusion samplers, all in float64.
+"""Noise schedules, the coefficients of diffusion samplers (float64) and the sampler loop.
 
 Step indices run from 0 (least noise) to T-1 (most noise); `alpha_bar[n]` is the share of the
 signal's variance left at step n: `x_n = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise`.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,3 +77,25 @@ def sampler_coefficients(alpha_bar: Tensor, indices: Tensor, method: str) -> Ten
     c_x = alpha.sqrt() * (1 - after) / (1 - here)
     variance = (1 - alpha) * (1 - after) / (1 - here)
     return torch.stack([c_x0, c_x, variance.sqrt()], dim=1)
+
+
+def run_sampler(
+    predict_x0: Callable[[Tensor, int], Tensor],
+    coefficients: Tensor,
+    noise_of: Callable[[int], Tensor],
+) -> Tensor:
+    """Reverse diffusion: `x <- c_x0 * x0_hat + c_x * x + sigma * noise`, step by step.
+
+    Args:
+        predict_x0: (x, step) to x0_hat. coefficients: [steps, 3] float64 of
+        `schedules.sampler_coefficients`. noise_of: step to noise shaped like x; 0 is x_T,
+        i + 1 is added after step i where sigma is positive.
+    """
+    x = noise_of(0)
+    stochastic = (coefficients[:, 2] > 0).tolist()
+    table = coefficients.to(x.dtype)
+    for step, (c_x0, c_x, sigma) in enumerate(table.unbind()):
+        x = c_x0 * predict_x0(x, step) + c_x * x
+        if stochastic[step]:
+            x = x + sigma * noise_of(step + 1)
+    return x

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from contrec_fast.models.denoisers import Denoiser, LinearDenoiser
-from contrec_fast.models.schedules import alpha_bars, respaced_indices, sampler_coefficients
+from contrec_fast.models.schedules import (
+    alpha_bars,
+    respaced_indices,
+    run_sampler,
+    sampler_coefficients,
+)
 from contrec_fast.ops.checks import check
 from contrec_fast.ops.denoise import describe, guided
 from contrec_fast.ops.dispatch import implements, resolve
@@ -66,15 +71,12 @@ def _sample(
     def noise_of(step: int) -> Tensor:
         return as_rows(step_noise(condition, seed, user_ids, samples, noise, step))
 
-    table = coefficients.to(condition.dtype)
-    stochastic = (coefficients[:, 2] > 0).tolist()
     condition_rows = as_rows(condition.expand(samples, batch, dim))
-    x = noise_of(0)
-    for step in range(len(table)):
-        x0 = guided(description, weights, x, condition_rows, times[step], guidance)
-        x = table[step, 0] * x0 + table[step, 1] * x
-        if stochastic[step]:
-            x = x + table[step, 2] * noise_of(step + 1)
+
+    def predict_x0(x: Tensor, step: int) -> Tensor:
+        return guided(description, weights, x, condition_rows, times[step], guidance)
+
+    x = run_sampler(predict_x0, coefficients, noise_of)
     return x[:rows].reshape(samples, batch, dim)
 
 

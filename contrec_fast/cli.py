@@ -1,0 +1,190 @@
+"""The command `contrec`."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Generative recommendation with continuous tokens, made fast.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Run = Annotated[Path, typer.Argument(help="Folder that `contrec train` wrote.")]
+
+
+@contextmanager
+def _one_line_errors():
+    """Bad input ends the program with one line and exit status 1."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"contrec: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the trained run in this folder.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the shop and of the training.")] = 0,
+):
+    """Train on a small made-up shop and show what is recommended, in a few minutes on a CPU."""
+    from contrec_fast.config import demo_config
+    from contrec_fast.data import synthetic_shop, write_folder
+    from contrec_fast.demo import show_users
+
+    with _one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        if out is not None:
+            _require_free(out)
+        write_folder(synthetic_shop(seed=seed), Path(folder) / "shop")
+        config = demo_config()
+        config.seed = seed
+        run = out or Path(folder) / "run"
+        _train(Path(folder) / "shop", run, config, "test")
+        recommender = _load(run)
+        _evaluate(recommender, run)
+        show_users(recommender, users=3, k=5, console=Console())
+        print(f"\nDone in {time.monotonic() - started:.0f} s.", end=" ")
+        print(f"The run is in {out}." if out else "Keep the run with --out FOLDER.")
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder with train.txt and test.txt.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file; see config.py.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the configured seed.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of training.epochs.")] = None,
+    holdout: Annotated[
+        str, typer.Option(help="Target: each user's last item of 'test' or 'validation'.")
+    ] = "test",
+):
+    """Train on DATA and write a run."""
+    from contrec_fast.config import Config, load_config
+
+    with _one_line_errors():
+        _require_free(out)
+        chosen = load_config(config) if config else Config()
+        if seed is not None:
+            chosen.seed = seed
+        if epochs is not None:
+            chosen.training.epochs = epochs
+        _train(data, out, chosen, holdout)
+
+
+@app.command()
+def evaluate(run: Run):
+    """Rank the held-out items of a run's users; writes RUN/metrics.json."""
+    with _one_line_errors():
+        _evaluate(_load(run), run)
+
+
+@app.command()
+def recommend(
+    run: Run,
+    users: Annotated[
+        list[str], typer.Option(help="User ids, separated by commas; may be repeated.")
+    ],
+    k: Annotated[int, typer.Option(help="Items per user.")] = 10,
+):
+    """Print top-K lists as CSV: user_id, item_id, title, score, rank, matched, text."""
+    with _one_line_errors():
+        recommender = _load(run)
+        dataset = recommender.dataset
+        row_of = {user: row for row, user in enumerate(dataset.user_ids)}
+        wanted = [user for part in users for user in part.split(",")]
+        unknown = [user for user in wanted if user not in row_of]
+        if unknown:
+            raise ValueError(f"users: expected users of the run's data, got {unknown[0]!r}")
+        lists = recommender.recommend([row_of[user] for user in wanted], k)
+        writer = csv.writer(sys.stdout)
+        writer.writerow(["user_id", "item_id", "title", "score", "rank", "matched", "text"])
+        for i, user in enumerate(wanted):
+            for rank, item in enumerate(lists.ids[i][lists.ids[i] >= 0]):
+                writer.writerow([
+                    user, dataset.items.ids[item], dataset.items.titles[item],
+                    f"{lists.scores[i, rank]:.6f}", rank + 1, lists.matched[i, rank],
+                    lists.texts[i],
+                ])  # fmt: skip
+
+
+@app.command()
+def info():
+    """Show versions, devices and which backends can run here, and why others cannot."""
+    from contrec_fast.environment import describe_environment
+
+    table = Table(show_header=False, box=None)
+    for name, value in describe_environment().items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _train(data: Path, out: Path, config, holdout: str) -> None:
+    """Train and write the run as a whole: under a temporary name, renamed when complete."""
+    from contrec_fast.data import read_folder, write_folder
+    from contrec_fast.progress import ProgressBars
+    from contrec_fast.training import train as train_model
+
+    dataset = read_folder(data, holdout)
+    dataset = dataset.of_users(np.flatnonzero(dataset.targets >= 0))
+    with ProgressBars() as progress:
+        model = train_model(dataset, config, progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        model.save_pretrained(partial)
+        write_folder(dataset, partial / "data")
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _require_free(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"out: expected a folder that does not exist yet, got {out}")
+
+
+def _load(run: Path):
+    from contrec_fast.data import read_folder
+    from contrec_fast.engine import Recommender
+    from contrec_fast.models.contrec import ContRec
+
+    return Recommender(ContRec.from_pretrained(run), read_folder(run / "data"))
+
+
+def _evaluate(recommender, run: Path) -> None:
+    """Measure the model and the baselines, write metrics.json, print the table."""
+    from contrec_fast.evaluation.protocol import evaluate as measure
+    from contrec_fast.progress import ProgressBars
+
+    with ProgressBars() as progress:
+        metrics = measure(recommender, progress)
+    temporary = run / ".metrics.json"
+    temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(temporary, run / "metrics.json")
+    table = Table(title="Whole catalog ranked, history excluded")
+    table.add_column("")
+    names = list(metrics["model"])
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, values in {"ContRec": metrics["model"], **metrics["baselines"]}.items():
+        table.add_row(label, *(f"{values[name]:.4f}" for name in names))
+    Console().print(table)
+    counts = metrics["targets"]
+    print(
+        f"{counts['total']} targets; {counts['in_history']} are in the user's history and "
+        f"{counts['unseen']} in no history: no list can hold the former"
+    )

@@ -1,0 +1,164 @@
+"""The configuration tree: one dataclass per part, one YAML file for all of them."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+@dataclass
+class LightGCNConfig:
+    """Collaborative vectors (`models.lightgcn`)."""
+
+    dim: int = 64
+    layers: int = 2
+    epochs: int = 100
+    learning_rate: float = 5e-3
+    batch_size: int = 2048
+    weight_decay: float = 1e-4
+
+
+@dataclass
+class TokenizerConfig:
+    """The sigma-VAE tokenizer (`models.tokenizer`)."""
+
+    tokens: int = 2
+    epochs: int = 150
+    learning_rate: float = 1e-3
+    batch_size: int = 256
+    dropout: float = 0.1
+    mask_ratio: float = 0.1
+    sigma: float = 0.5
+    mean_weight: float = 0.5
+    redundancy_weight: float = 0.5
+
+
+@dataclass
+class BackboneConfig:
+    """The language model: a model folder, or "tiny" to make one from the sizes below."""
+
+    path: str = "tiny"
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 2
+    vocabulary: int = 2000
+
+
+@dataclass
+class PromptConfig:
+    """What the language model reads and writes (`data.prompts`)."""
+
+    history: int = 20
+    title_length: int = 50
+    response_tokens: int = 40
+
+
+@dataclass
+class HeadConfig:
+    """The diffusion head. Its sampler is the one that training unrolls."""
+
+    denoiser: str = "adaln"
+    width: int = 128
+    depth: int = 3
+    separable: bool = False
+    schedule: str = "exp"
+    timesteps: int = 200
+    method: str = "ddim"
+    steps: int = 3
+    guidance: float = 0.0
+    condition_dropout: float = 0.1
+
+
+@dataclass
+class TrainingConfig:
+    """The main training loop (`training.loop`)."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    clip_norm: float = 1.0
+    dropout: float = 0.2
+    diffusion_weight: float = 1.0
+    dispersive_weight: float = 0.1
+    dispersive_tau: float = 0.5
+    ranking_weight: float = 1.0
+    ranking_temperature: float = 0.1
+    text_weight: float = 0.1
+
+
+@dataclass
+class RetrievalConfig:
+    """Hybrid retrieval: the weight pi of the bonus for items that the text names."""
+
+    bonus: float = 0.05
+
+
+@dataclass
+class Config:
+    """Everything a run depends on besides its data."""
+
+    seed: int = 0
+    lightgcn: LightGCNConfig = field(default_factory=LightGCNConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+
+def demo_config() -> Config:
+    """Sizes for the synthetic shop of `contrec demo`: minutes on two CPU cores."""
+    config = Config()
+    config.lightgcn.epochs = 40
+    config.tokenizer.epochs = 100
+    config.backbone.vocabulary = 1000
+    config.training.epochs = 20
+    return config
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a YAML file; what it leaves out keeps its default.
+
+    Raises:
+        ValueError: not YAML, an unknown key (the nearest known one is named) or a value of
+        another type, in one line that names the file and the key.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a readable YAML file, got {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
+    return _build(Config, {} if tree is None else tree, str(path))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the whole tree as YAML."""
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def _build(cls, tree, where: str):
+    """An instance of a dataclass from a mapping, checked key by key."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where}: expected a mapping, got {tree!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in tree.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0)[0]
+            raise ValueError(f"{where}: expected a known key such as {near!r}, got {key!r}")
+        kind = fields[key].type
+        if dataclasses.is_dataclass(kind):
+            values[key] = _build(kind, value, f"{where}: {key}")
+            continue
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ValueError(f"{where}: {key}: expected {kind.__name__}, got {value!r}")
+        values[key] = value
+    return cls(**values)

@@ -1,0 +1,84 @@
+"""The language model: any Hugging Face causal LM folder, or a tiny one made on the spot."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from contrec_fast.config import BackboneConfig
+from contrec_fast.data.prompts import CLOSE, OPEN, QUESTION, ROLE
+
+
+def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig, path: str | Path) -> None:
+    """Write an untrained Qwen3 of the given sizes with a byte-level BPE tokenizer of its own.
+
+    Args:
+        texts: what the tokenizer is trained on (titles, categories). path: folder to write,
+        in the layout of `save_pretrained`. Uses torch's global random state.
+    """
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=["<pad>", "<eos>", OPEN, CLOSE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Repeated, so that the words of every prompt become single tokens.
+    fixed = [ROLE, QUESTION] * 100
+    pieces.train_from_iterator([*fixed, *texts], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=[OPEN, CLOSE],
+        padding_side="left",
+    )
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden,
+            intermediate_size=3 * config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            head_dim=config.hidden // config.heads,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def load_backbone(path: str | Path):
+    """Load a causal LM folder and make sure it knows `<diff>` and `</diff>`.
+
+    Returns:
+        (model, tokenizer).
+
+    Raises:
+        ValueError: not a model folder.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path}: expected a Hugging Face model folder, found no config.json")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.add_tokens([OPEN, CLOSE], special_tokens=True):
+        table = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > table:
+            model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer

@@ -1,0 +1,17 @@
+"""Losses of the diffusion head that are more than one library call."""
+
+import torch
+from torch import Tensor
+
+
+def dispersive_loss(z: Tensor, tau: float) -> Tensor:
+    """`log E_{i != j} exp(-||z_i - z_j||^2 / (dim tau))` over the rows of z [B, dim].
+
+    Minimising it spreads the rows ("Diffuse and Disperse", arXiv 2506.09027; the released
+    ContRec code has the opposite sign). Fewer than two rows give 0.
+    """
+    if len(z) < 2:
+        return z.new_zeros(())
+    row, column = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
+    distance = (z[row] - z[column]).square().mean(-1)
+    return torch.logsumexp(-distance / tau, dim=0) - torch.log(distance.new_tensor(len(distance)))

@@ -1,0 +1,80 @@
+"""The sigma-VAE tokenizer: an item's vector to K continuous tokens and back.
+
+ContRec (arXiv 2504.12007), after the sigma-VAE of LatentLM (arXiv 2412.08635). Three devices
+keep it from collapsing: a masked input, K codes whose mean is decoded, and a variance that is
+drawn instead of learned.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _perceptron(sizes: list[int], dropout: float) -> nn.Sequential:
+    layers = []
+    for width_in, width_out in zip(sizes[:-2], sizes[1:-1]):
+        layers += [nn.Linear(width_in, width_out), nn.BatchNorm1d(width_out)]
+        layers += [nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+
+
+class SigmaVAE(nn.Module):
+    """`mu_k = Enc_k(mask(x) + p_k)`, `z_k = mu_k + sigma noise`, `x_hat = Dec(mean_k z_k)`.
+
+    Args:
+        dim: item-space width D. hidden: token width H. tokens: K.
+        sigma: scale C of the drawn deviation, `sigma = |s|, s ~ N(0, C)` per sample.
+        mask_ratio: share of masked input elements in training. dropout: in every layer.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, tokens: int, sigma: float, mask_ratio: float, dropout: float
+    ):
+        super().__init__()
+        self.sigma, self.mask_ratio = sigma, mask_ratio
+        self.fill = nn.Parameter(torch.zeros(dim))
+        self.position = nn.Parameter(torch.randn(tokens, dim) * 0.02)
+        self.encoders = nn.ModuleList(
+            _perceptron([dim, 128, 256, hidden], dropout) for _ in range(tokens)
+        )
+        self.decoder = _perceptron([hidden, 256, 128, dim], dropout)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Vectors [N, D] to the means of their tokens [N, K, H]."""
+        codes = [encoder(x + p) for encoder, p in zip(self.encoders, self.position)]
+        return torch.stack(codes, dim=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Tokens [N, K, H] to vectors [N, D]."""
+        return self.decoder(z.mean(1))
+
+    def losses(self, x: Tensor) -> dict[str, Tensor]:
+        """Training losses of a batch [N, D], N at least 2.
+
+        `reconstruction`: mean squared error. `mean`: what is left of the KL term when sigma is
+        fixed. `redundancy`: Barlow Twins (arXiv 2103.03230) between each two of the K codes,
+        off-diagonal weight 0.005, per dimension.
+        """
+        masked = torch.where(torch.rand_like(x) < self.mask_ratio, self.fill, x)
+        mu = self.encode(masked)
+        sigma = (self.sigma * torch.randn(len(x), 1, 1, device=x.device, dtype=x.dtype)).abs()
+        z = mu + sigma * torch.randn_like(mu)
+        return {
+            "reconstruction": F.mse_loss(self.decode(z), x),
+            "mean": mu.square().mean(),
+            "redundancy": _redundancy(mu),
+        }
+
+
+def _redundancy(codes: Tensor) -> Tensor:
+    """Barlow Twins loss averaged over the pairs of codes [N, K, H]; 0 for a single code."""
+    count, tokens, hidden = codes.shape
+    unit = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6)
+    total = codes.new_zeros(())
+    for i in range(tokens):
+        for j in range(i):
+            correlation = unit[:, i].T @ unit[:, j] / count
+            diagonal = correlation.diagonal()
+            off = correlation.square().sum() - diagonal.square().sum()
+            total = total + ((diagonal - 1).square().sum() + 0.005 * off) / hidden
+    return total / max(tokens * (tokens - 1) // 2, 1)
