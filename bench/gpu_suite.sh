@@ -59,7 +59,7 @@ part torch-rates 40 python3 bench/torch_rates.py
 part torch-sampler 70 python3 bench/torch_sampler.py
 part torch-topk 60 python3 bench/torch_topk.py
 part tests-gpu 60 python3 -m pytest -q -m gpu tests
-part tests 150 python3 -m pytest -q -m "not gpu" tests
+part tests 220 python3 -m pytest -q -m "not gpu" tests
 part tool-ncu 40 python3 bench/check_tools.py ncu "$scratch/tool_sample"
 part tool-compute-sanitizer 40 python3 bench/check_tools.py compute-sanitizer "$scratch/tool_sample"
 part tool-nsys 40 python3 bench/check_tools.py nsys "$scratch/tool_sample"

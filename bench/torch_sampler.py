@@ -103,7 +103,7 @@ class TorchSampler(nn.Module):
         c_x0, _, sigma, _ = self.coefficients.T[:, :, None, None]  # [steps, 1, 1] each
         # What a step adds whatever x is: its scaled noise and its share of the output bias.
         added = torch.addcmul(c_x0[:-1] * self.output_bias, sigma[:-1], noise[1:])
-        last = (c_x0[-1] * self.output_bias).expand(batch, dim)
+        last = (c_x0[-1] * self.output_bias).expand(batch, dim).contiguous()
         projected = condition.to(self.dtype) @ self.of_condition
         branches = torch.stack([projected, self.null.expand_as(projected)])  # [2, B, 2D]
         numbers = self.coefficients if self.compiled else self.scalars
