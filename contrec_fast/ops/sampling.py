@@ -17,11 +17,12 @@ from contrec_fast.models.schedules import (
 )
 from contrec_fast.ops.checks import check
 from contrec_fast.ops.denoise import describe, guided
-from contrec_fast.ops.dispatch import implements, resolve
+from contrec_fast.ops.dispatch import REFERENCE, implements, resolve
 from contrec_fast.ops.noise import MAX_STEPS, philox_normal
 
 # Matrix products of few rows take other code paths in CPU libraries and round differently;
-# a whole number of these blocks keeps a row's bits independent of its batch.
+# a whole number of these blocks keeps a row's bits independent of its batch, as long as the
+# layers' widths are whole numbers of them too.
 ROW_BLOCK = 16
 
 
@@ -163,7 +164,9 @@ class SamplingPlan(nn.Module):
             condition: [B, D] in the denoiser's dtype, on the plan's device.
             seed: key of the noise, an int or an int64 scalar tensor.
             user_ids: [B] int64 stable ids that key the noise; 0..B-1 if not given. A user's
-                vector depends on its id and the seed, not on its place in the batch.
+                vector depends on its id and the seed, not on its place in the batch: bitwise
+                for "path" in float32 and bfloat16 when the widths are multiples of 16, else up
+                to rounding.
             samples: draws per user, S.
             noise: scripted noise instead: [steps, B, D], entry 0 is x_T, then one entry per
                 ancestral step except the last ([1, B, D] is enough for a deterministic method
@@ -193,10 +196,18 @@ class SamplingPlan(nn.Module):
         if user_ids is None:
             user_ids = torch.arange(batch, device=device)
         check("user_ids", user_ids, (batch,), (torch.int64,), like=condition)
-        seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+        if isinstance(seed, Tensor):
+            check("seed", seed, (), (torch.int64,))
+        elif not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int or a tensor, got {type(seed).__name__}")
+        elif not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+        seed = torch.as_tensor(seed, device=device)
         if noise is not None:
             noise = self._check_noise(noise, condition, samples, draw)
         if draw == "law":
+            if backend not in ("auto", REFERENCE):
+                raise ValueError(f"backend: draw='law' has auto, {REFERENCE}, got {backend!r}")
             y = self._draw_law(condition, seed, user_ids, samples, noise)
         else:
             arguments = (
@@ -309,4 +320,6 @@ def plan_sampling(
     """
     if timesteps >= MAX_STEPS:
         raise ValueError(f"timesteps: expected fewer than {MAX_STEPS}, got {timesteps}")
+    if not isinstance(guidance, (int, float)) or not abs(guidance) < float("inf"):
+        raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
     return SamplingPlan(denoiser, schedule, timesteps, method, steps, guidance)
