@@ -25,8 +25,8 @@ def make_denoiser(kind, dim, dtype=torch.float64):
 
 def relative_error(result, expected):
     """`||result - expected|| / ||expected||` in float64."""
-    expected = expected.double()
-    return float((result.double() - expected).norm() / expected.norm())
+    expected = expected.detach().double()
+    return float((result.detach().double() - expected).norm() / expected.norm())
 
 
 @contextmanager

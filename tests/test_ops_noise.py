@@ -73,7 +73,8 @@ def test_philox_of_random_counters():
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 127, 129])
 def test_layout(dim):
     seed = int(torch.randint(-(2**63), 2**63 - 1, ()))
-    users = [0, 1, -1, 2**32, 2**63 - 1, -(2**63), *torch.randint(-(2**63), 2**63 - 1, (3,)).tolist()]
+    users = [0, 1, -1, 2**32, 2**63 - 1, -(2**63)]
+    users += torch.randint(-(2**63), 2**63 - 1, (3,)).tolist()
     for step, draw in [(0, 0), (199, 0), (0, 3), (MAX_STEPS - 1, MAX_STEPS - 1)]:
         result = normal(seed, users, dim, step, draw)
         expected = torch.stack([python_normals(seed, user, dim, step, draw) for user in users])

@@ -318,8 +318,10 @@ def plan_sampling(
     Raises:
         TypeError, ValueError: an argument is unknown or out of range, in one line.
     """
-    if timesteps >= MAX_STEPS:
-        raise ValueError(f"timesteps: expected fewer than {MAX_STEPS}, got {timesteps}")
+    if not isinstance(timesteps, int) or not 1 <= timesteps < MAX_STEPS:
+        raise ValueError(f"timesteps: expected 1 to {MAX_STEPS - 1}, got {timesteps!r}")
+    if steps is not None and not isinstance(steps, int):
+        raise ValueError(f"steps: expected a whole number, got {steps!r}")
     if not isinstance(guidance, (int, float)) or not abs(guidance) < float("inf"):
         raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
     return SamplingPlan(denoiser, schedule, timesteps, method, steps, guidance)

@@ -1,0 +1,344 @@
+"""Sampling plans against a step-by-step float64 sampler written here from the papers."""
+
+import math
+
+import pytest
+import torch
+from ops_cases import KINDS, make_denoiser, relative_error
+
+from contrec_fast import ops
+from contrec_fast.models.schedules import alpha_bars
+from contrec_fast.ops.noise import philox_normal
+from contrec_fast.ops.sampling import linear_law
+
+BACKENDS = ops.backends()["sample"]
+METHODS = ["ddpm", "ddim"]
+
+
+def exp_alpha_bars(timesteps):
+    """The release's schedule, by the product of 1 - beta_n."""
+    grid = [1 + 2 * timesteps * n / max(timesteps - 1, 1) for n in range(timesteps)]
+    betas = [1 - math.exp(-0.1 / timesteps - x * 9.9 / (2 * timesteps**2)) for x in grid]
+    return torch.tensor([1 - beta for beta in betas], dtype=torch.float64).cumprod(0).tolist()
+
+
+def step_by_step(denoiser, condition, noise, indices, timesteps, method, guidance):
+    """The guided reverse chain over the visited steps, in the dtype of the denoiser.
+
+    DDPM: the posterior's mean and variance (arXiv 2006.11239, equation 7). DDIM: the noise
+    that the prediction implies, carried to the next level (arXiv 2010.02502, equation 12).
+    """
+    bars = exp_alpha_bars(timesteps)
+    null = denoiser.null_condition.expand_as(condition)
+    x = noise[0]
+    with torch.no_grad():
+        for i, n in enumerate(indices):
+            t = torch.full((len(condition),), n)
+            conditional, free = denoiser(x, condition, t), denoiser(x, null, t)
+            x0 = (1 + guidance) * conditional - guidance * free
+            here, last = bars[n], i + 1 == len(indices)
+            after = 1.0 if last else bars[indices[i + 1]]
+            if method == "ddim":
+                implied = (x - math.sqrt(here) * x0) / math.sqrt(1 - here)
+                x = math.sqrt(after) * x0 + math.sqrt(1 - after) * implied
+                continue
+            beta = 1 - here / after
+            x = (
+                math.sqrt(after) * beta / (1 - here) * x0
+                + math.sqrt(1 - beta) * (1 - after) / (1 - here) * x
+            )
+            if not last:
+                x = x + math.sqrt(beta * (1 - after) / (1 - here)) * noise[i + 1]
+    return x
+
+
+def visited(timesteps, steps):
+    """Evenly spaced steps from the noisiest down to 0."""
+    if steps == 1:
+        return [timesteps - 1]
+    return [round((timesteps - 1) * (1 - i / (steps - 1))) for i in range(steps)]
+
+
+def compare(kind, batch, dim, timesteps, steps, method, guidance, backend="auto"):
+    denoiser = make_denoiser(kind, dim)
+    plan = ops.plan_sampling(
+        denoiser, timesteps=timesteps, steps=steps, method=method, guidance=guidance
+    )
+    condition = torch.randn(batch, dim, dtype=torch.float64)
+    noise = torch.randn(steps, batch, dim, dtype=torch.float64)
+    result = plan(condition, noise=noise, backend=backend)
+    indices = plan.timestep_indices.tolist()
+    expected = step_by_step(denoiser, condition, noise, indices, timesteps, method, guidance)
+    assert result.shape == (batch, dim) and not result.requires_grad
+    assert relative_error(result, expected) < 1e-10
+    assert not result.isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_step_by_step_sampler(kind, method, backend):
+    for steps in (1, 2, 5, 23):
+        for guidance in (0, 1, 2, 0.5):
+            compare(kind, 5, 6, 23, steps, method, guidance, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_sizes(kind, backend):
+    for batch in (1, 3, 127, 129):
+        for dim in (1, 3, 64, 127):
+            compare(kind, batch, dim, 50, 4, "ddpm", 2, backend)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_released_chain(method):
+    compare("mlp", 3, 16, 200, 200, method, 2)
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 3, 10, 199, 200])
+def test_steps_and_coefficients(timesteps):
+    torch.testing.assert_close(
+        alpha_bars("exp", timesteps),
+        torch.tensor(exp_alpha_bars(timesteps), dtype=torch.float64),
+        rtol=1e-12,
+        atol=0,
+    )
+    for steps in {1, 2, 5, 7, 49, timesteps}:
+        if steps > timesteps:
+            continue
+        for method in METHODS:
+            plan = ops.plan_sampling(make_denoiser("linear", 4), "exp", timesteps, method, steps)
+            indices = plan.timestep_indices.tolist()
+            assert all(abs(a - b) <= 1 for a, b in zip(indices, visited(timesteps, steps)))
+            assert indices[0] == timesteps - 1 and (steps == 1 or indices[-1] == 0)
+            assert all(a > b for a, b in zip(indices, indices[1:]))
+            assert plan.coefficients.shape == (steps, 3)
+            assert plan.coefficients.dtype == torch.float64
+            assert plan.coefficients[-1].tolist() == [1, 0, 0]
+            assert bool((plan.coefficients[:-1, 2] > 0).all()) == (method == "ddpm" or steps == 1)
+    plan = ops.plan_sampling(make_denoiser("linear", 4), timesteps=timesteps)
+    assert plan.timestep_indices.tolist() == list(range(timesteps))[::-1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_draws_and_fresh_noise(kind, backend):
+    """Each draw follows its own noise: scripted, or the documented Philox normals."""
+    denoiser, users = make_denoiser(kind, 7), torch.tensor([5, -3, 2**40])
+    plan = ops.plan_sampling(denoiser, timesteps=30, steps=4)
+    condition = torch.randn(3, 7, dtype=torch.float64)
+    seed = torch.tensor(99)
+    noise = torch.stack(
+        [
+            torch.stack([philox_normal(seed, users, 7, step, draw) for step in range(4)])
+            for draw in range(3)
+        ]
+    ).double()
+    indices = plan.timestep_indices.tolist()
+    for result in (
+        plan(condition, noise=noise, samples=3, backend=backend),
+        plan(condition, seed=99, user_ids=users, samples=3, backend=backend),
+    ):
+        assert result.shape == (3, 3, 7)
+        for drawn, script in zip(result, noise):
+            expected = step_by_step(denoiser, condition, script, indices, 30, "ddpm", 2.0)
+            assert relative_error(drawn, expected) < 1e-10
+    one = plan(condition, seed=seed, user_ids=users, backend=backend)
+    assert relative_error(one, result[0]) < 1e-12
+
+
+def test_seeds():
+    plan = ops.plan_sampling(make_denoiser("mlp", 8, torch.float32), timesteps=10)
+    condition = torch.randn(4, 8)
+    first = plan(condition, seed=5)
+    assert torch.equal(first, plan(condition, seed=5))
+    assert torch.equal(first, plan(condition, seed=torch.tensor(5)))
+    assert torch.equal(first, plan(condition, seed=5, user_ids=torch.arange(4)))
+    for seed in (6, -5, 5 + 2**32, torch.tensor(-(2**63)), 2**63 - 1):
+        assert ((plan(condition, seed=seed) - first).abs().amax(1) > 0).all()
+    others = plan(condition, seed=5, user_ids=torch.arange(4) + 2**32)
+    assert ((others - first).abs().amax(1) > 0).all()
+    same = plan(condition[:1].expand(4, 8), seed=5)
+    assert len(torch.unique(same, dim=0)) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_users(kind, backend):
+    plan = ops.plan_sampling(make_denoiser(kind, 5, torch.float32), timesteps=10)
+    assert plan(torch.empty(0, 5), backend=backend).shape == (0, 5)
+    assert plan(torch.empty(0, 5), samples=3, backend=backend).shape == (3, 0, 5)
+    if kind == "linear":
+        assert plan(torch.empty(0, 5), draw="law").shape == (0, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bitwise_independent_of_the_batch(kind, dtype, backend):
+    """In the documented regime: widths that are multiples of 16."""
+    plan = ops.plan_sampling(make_denoiser(kind, 64, dtype), timesteps=50, steps=6)
+    condition = torch.randn(260, 64).to(dtype)
+    users = torch.randperm(2**20)[:260] * 7919
+    full = plan(condition, seed=3, user_ids=users, backend=backend)
+    for size in (1, 2, 3, 5, 16, 17, 127, 129, 260):
+        some = torch.randperm(260)[:size]
+        part = plan(condition[some], seed=3, user_ids=users[some], backend=backend)
+        assert torch.equal(part, full[some])
+    twice = plan(condition[:9], seed=3, user_ids=users[:9], samples=2, backend=backend)
+    assert torch.equal(twice[0], full[:9])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [1, 3, 127])
+def test_odd_widths_differ_by_rounding_only(kind, dim):
+    plan = ops.plan_sampling(make_denoiser(kind, dim, torch.float32), timesteps=50, steps=6)
+    condition, users = torch.randn(129, dim), torch.arange(129) * 31
+    full = plan(condition, user_ids=users)
+    for some in (torch.tensor([128]), torch.randperm(129)[:31]):
+        part = plan(condition[some], user_ids=users[some])
+        torch.testing.assert_close(part, full[some], rtol=1e-3, atol=1e-4 * float(full.abs().max()))
+
+
+# Identity 1: the linear denoiser's chain is one Gaussian.
+
+
+def propagated(denoiser, plan, timesteps, method, guidance):
+    """Mean map, offset and each noise entry's map, by feeding basis vectors to the chain."""
+    dim, indices = denoiser.dim, plan.timestep_indices.tolist()
+    zero = torch.zeros(dim, dim, dtype=torch.float64)
+    eye = torch.eye(dim, dtype=torch.float64)
+
+    def chain(condition, entry=None):
+        noise = torch.zeros(len(indices), dim, dim, dtype=torch.float64)
+        if entry is not None:
+            noise[entry] = eye
+        return step_by_step(denoiser, condition, noise, indices, timesteps, method, guidance)
+
+    rest = chain(zero)
+    maps = [(chain(zero, entry) - rest).T for entry in range(len(indices))]
+    return (chain(eye) - rest).T, rest[0], maps
+
+
+@torch.no_grad()
+def law_of(denoiser, plan, guidance):
+    output = denoiser.output
+    return linear_law(
+        output.weight, output.bias, denoiser.null_condition, plan.times, plan.coefficients, guidance
+    )
+
+
+def with_state_weight(denoiser, rank):
+    """Replace W_x by a matrix of this rank."""
+    dim = denoiser.dim
+    with torch.no_grad():
+        left, right = torch.randn(2, dim, rank, dtype=torch.float64)
+        denoiser.output.weight[:, :dim] = left @ right.T / dim
+    return denoiser
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("rank", [6, 2, 0])
+def test_law_of_the_linear_chain(method, steps, rank):
+    for guidance in (0, 1, 2):
+        denoiser = with_state_weight(make_denoiser("linear", 6), rank)
+        plan = ops.plan_sampling(denoiser, "exp", 20, method, steps, guidance)
+        matrix, offset, maps = propagated(denoiser, plan, 20, method, guidance)
+        found = law_of(denoiser, plan, guidance)
+        assert relative_error(found[0], matrix) < 1e-11
+        assert relative_error(found[1], offset) < 1e-11
+        covariance = sum(part @ part.T for part in maps)
+        assert (found[2] @ found[2].T - covariance).norm() <= 1e-11 * max(covariance.norm(), 1)
+        condition, z = torch.randn(2, 9, 6, dtype=torch.float64)
+        drawn = plan(condition, noise=z[None], draw="law")
+        assert relative_error(drawn, condition @ matrix.T + offset + z @ found[2].T) < 1e-11
+        if method == "ddim" or steps == 1:
+            assert relative_error(drawn, plan(condition, noise=z[None])) < 1e-10
+
+
+def test_law_with_several_draws_and_fresh_noise():
+    plan = ops.plan_sampling(make_denoiser("linear", 6), timesteps=20)
+    condition, users = torch.randn(5, 6, dtype=torch.float64), torch.tensor([9, 8, -7, 6, 5])
+    drawn = plan(condition, seed=4, user_ids=users, samples=3, draw="law")
+    z = torch.stack([philox_normal(torch.tensor(4), users, 6, 0, draw) for draw in range(3)])
+    scripted = plan(condition, samples=3, noise=z[:, None].double(), draw="law")
+    assert drawn.shape == (3, 5, 6) and torch.equal(drawn, scripted)
+    one = plan(condition, noise=z[1][None].double(), draw="law")
+    assert relative_error(one, drawn[1]) < 1e-12
+
+
+@pytest.mark.parametrize("draw", ["path", "law"])
+def test_fresh_noise_has_the_law(draw):
+    """Fixed seeds: a test of a distribution must not fail by chance."""
+    torch.manual_seed(1)
+    denoiser, count = make_denoiser("linear", 4), 20_000
+    plan = ops.plan_sampling(denoiser, timesteps=12)
+    matrix, offset, factor = law_of(denoiser, plan, 2.0)
+    condition = torch.randn(1, 4, dtype=torch.float64)
+    drawn = plan(condition.expand(count, 4), seed=11, draw=draw)
+    centred = drawn - (condition @ matrix.T + offset)
+    covariance = factor @ factor.T
+    variance = covariance.diagonal()
+    assert (centred.mean(0).abs() < 4 * (variance / count).sqrt()).all()
+    spread = (variance[:, None] * variance + covariance**2) / count  # Isserlis
+    assert ((centred.T @ centred / count - covariance).abs() < 4 * spread.sqrt()).all()
+    whitened = torch.linalg.solve(factor, centred.T).sort(dim=1).values
+    rank = torch.arange(count + 1, dtype=torch.float64) / count
+    cumulative = torch.special.ndtr(whitened)
+    distance = torch.maximum((rank[1:] - cumulative).max(), (cumulative - rank[:-1]).max())
+    assert float(distance) * math.sqrt(count) < 2.2  # Kolmogorov-Smirnov, p = 1e-4
+
+
+# Identities 2 and 3: one hidden layer.
+
+
+@pytest.mark.parametrize("guidance", [0, 1, 2])
+def test_folded_guidance_and_pre_activation_state(guidance):
+    """(1+w) W2 g(a_c) - w W2 g(a_0) = W2 ((1+w) g(a_c) - w g(a_0)), with a = W1_x x carried."""
+    denoiser, dim, steps = make_denoiser("mlp", 6), 6, 15
+    plan = ops.plan_sampling(denoiser, timesteps=40, steps=steps, guidance=guidance)
+    condition = torch.randn(7, dim, dtype=torch.float64)
+    noise = torch.randn(steps, 7, dim, dtype=torch.float64)
+    w_x, w_h, w_t = denoiser.hidden.weight.detach().split(dim, dim=1)
+    second, bias = denoiser.output.weight.detach(), denoiser.output.bias.detach()
+    gelu = torch.nn.functional.gelu
+    x, a = noise[0], noise[0] @ w_x.T
+    for i, (c_x0, c_x, sigma) in enumerate(plan.coefficients.tolist()):
+        shared = plan.times[i] @ w_t.T + denoiser.hidden.bias.detach()
+        user, null = condition @ w_h.T + shared, denoiser.null_condition.detach() @ w_h.T + shared
+        added = torch.zeros_like(x) if i + 1 == steps else sigma * noise[i + 1]
+        u = (1 + guidance) * gelu(x @ w_x.T + user) - guidance * gelu(x @ w_x.T + null)
+        x = c_x0 * (u @ second.T + bias) + c_x * x + added
+        v = (1 + guidance) * gelu(a + user) - guidance * gelu(a + null)
+        last = v @ second.T + bias
+        a = c_x0 * (v @ (w_x @ second).T + w_x @ bias) + c_x * a + added @ w_x.T
+    result = plan(condition, noise=noise)
+    assert relative_error(x, result) < 1e-11
+    assert relative_error(last, result) < 1e-11
+
+
+# Low precision.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_as_good_as_a_plain_loop(kind, method, backend):
+    low = make_denoiser(kind, 48, torch.bfloat16)
+    if kind == "linear":  # the state itself survives the chain: the coefficients' bits matter
+        with torch.no_grad():
+            low.output.weight[:, :48] += torch.eye(48, dtype=torch.bfloat16)
+    exact = KINDS[kind](48).double()
+    exact.load_state_dict(low.state_dict())
+    condition = torch.randn(33, 48).bfloat16()
+    noise = torch.randn(60, 33, 48).bfloat16()
+    plan = ops.plan_sampling(low, timesteps=60, method=method)
+    indices = plan.timestep_indices.tolist()
+    expected = step_by_step(exact, condition.double(), noise.double(), indices, 60, method, 2.0)
+    plain = step_by_step(low, condition, noise, indices, 60, method, 2.0)
+    result = plan(condition, noise=noise, backend=backend)
+    assert result.dtype == torch.bfloat16
+    bound = 2 * relative_error(plain, expected) + 4 * 2.0**-9
+    assert relative_error(result, expected) <= bound
