@@ -137,6 +137,7 @@ def _train(data: Path, out: Path, config, holdout: str) -> None:
     from contrec_fast.progress import ProgressBars
     from contrec_fast.training import train as train_model
 
+    _quiet_transformers()
     dataset = read_folder(data, holdout)
     dataset = dataset.of_users(np.flatnonzero(dataset.targets >= 0))
     with ProgressBars() as progress:
@@ -152,6 +153,13 @@ def _train(data: Path, out: Path, config, holdout: str) -> None:
         raise
 
 
+def _quiet_transformers() -> None:
+    """Loading and saving a small model needs no progress bars of its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _require_free(out: Path) -> None:
     if out.exists():
         raise ValueError(f"out: expected a folder that does not exist yet, got {out}")
@@ -160,9 +168,12 @@ def _require_free(out: Path) -> None:
 def _load(run: Path):
     from contrec_fast.data import read_folder
     from contrec_fast.engine import Recommender
+    from contrec_fast.environment import default_device
     from contrec_fast.models.contrec import ContRec
 
-    return Recommender(ContRec.from_pretrained(run), read_folder(run / "data"))
+    _quiet_transformers()
+    model = ContRec.from_pretrained(run).to(default_device())
+    return Recommender(model, read_folder(run / "data"))
 
 
 def _evaluate(recommender, run: Path) -> None:

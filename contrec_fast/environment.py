@@ -13,6 +13,11 @@ from contrec_fast import native, ops
 OPTIONAL = ("triton", "faiss-cpu", "faiss-gpu-cu12", "flash-attn")
 
 
+def default_device() -> torch.device:
+    """The first GPU where there is a usable one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def describe_environment() -> dict[str, str]:
     """Versions, devices, and backends with the reason where one is absent, as lines of text."""
     lines = {

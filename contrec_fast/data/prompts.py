@@ -70,16 +70,18 @@ class Prompts:
             " ".join((title or item).split())[: config.title_length]
             for title, item in zip(items.titles, items.ids)
         ]
-        self.role, self.question = self._encode([ROLE, QUESTION])
-        marks = [text_tokenizer.convert_tokens_to_ids(mark) for mark in (OPEN, CLOSE)]
-        slots = [marks[0], *[self.pad] * tokens, marks[1]]
-        self._blocks = [
-            np.array([*title, *slots]) for title in self._encode([" " + t for t in shown])
-        ]
+        fixed = [_piece(ids, learned=False) for ids in self._encode([ROLE, QUESTION])]
+        self.role, self.question = fixed
+        opening, closing = text_tokenizer.convert_tokens_to_ids([OPEN, CLOSE])
+        slots = _piece([opening, *[self.pad] * tokens, closing], learned=False)
+        self._blocks = []
+        for item, title in enumerate(self._encode([" " + title for title in shown])):
+            slots[1, 1:-1] = np.arange(item * tokens, (item + 1) * tokens)
+            self._blocks.append(np.concatenate([_piece(title, learned=True), slots], axis=1))
         categories = [" ".join(category.split()) for category in items.categories]
-        responses = [response_text(*pair) for pair in zip(shown, categories)]
+        answers = self._encode([response_text(*pair) for pair in zip(shown, categories)])
         end = text_tokenizer.eos_token_id
-        self._responses = [np.array([*ids, end]) for ids in self._encode(responses)]
+        self._answers = [_piece([*ids, end], learned=True) for ids in answers]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self.text_tokenizer(texts, add_special_tokens=False).input_ids
@@ -90,7 +92,7 @@ class Prompts:
         Args:
             windows: item indices, oldest first, 2 to history + 1 of them each.
         """
-        return self._batch(windows, self._responses)
+        return self._batch(windows, self._answers)
 
     def inference_batch(self, histories: Sequence[np.ndarray]) -> PromptBatch:
         """Prompts up to the question, padded on the left, one condition each.
@@ -100,52 +102,47 @@ class Prompts:
         """
         windows = [np.append(h[-self.config.history :], -1) for h in histories]
         batch = self._batch(windows, None)
-        last = batch.token_ids.shape[1] - len(self.question) - 1
+        last = batch.token_ids.shape[1] - self.question.shape[1] - 1
         batch.read_row = torch.arange(len(windows))
         batch.read_column = torch.full((len(windows),), last)
         batch.next_items = torch.full((len(windows),), -1)
         return batch
 
-    def _batch(self, windows, responses) -> PromptBatch:
-        """Prompts for `window[:-1]`, answered if `responses` are given."""
-        tokens, rows, labels, reads = [], [], [], []
+    def _batch(self, windows, answers) -> PromptBatch:
+        """Prompts for `window[:-1]`; answered and padded right if `answers` are given, else left.
+
+        The titles of the history are learned like the answer's: each says what came next.
+        """
+        prompts, reads = [], []
         for window in windows:
-            parts, ends, length = [self.role], [], len(self.role)
-            for item in window[:-1]:
-                length += len(self._blocks[item])
-                parts.append(self._blocks[item])
-                ends.append(length - 1)
-            parts.append(self.question)
-            answer = responses[window[-1]] if responses else []
-            ids = np.concatenate([*parts, answer]).astype(np.int64)
-            row = np.full(len(ids), -1)
-            slots = np.array(ends)[:, None] - np.arange(self.tokens, 0, -1)
-            row[slots] = window[:-1, None] * self.tokens + np.arange(self.tokens)
-            label = np.full(len(ids), IGNORED)
-            if len(answer):
-                label[-len(answer) :] = answer
-            tokens.append(ids)
-            rows.append(row)
-            labels.append(label)
-            reads.append(ends)
-        width = max(map(len, tokens))
-        left = responses is None
-
-        def pad(arrays, value):
-            whole = np.full((len(arrays), width), value)
-            for line, array in zip(whole, arrays):
-                line[slice(-len(array), None) if left else slice(len(array))] = array
-            return torch.from_numpy(whole)
-
+            blocks = [self._blocks[item] for item in window[:-1]]
+            answer = [answers[window[-1]]] if answers else []
+            prompts.append(np.concatenate([self.role, *blocks, self.question, *answer], axis=1))
+            lengths = [block.shape[1] for block in blocks]
+            reads.append(self.role.shape[1] + np.cumsum(lengths) - 1)
+        width = max(prompt.shape[1] for prompt in prompts)
+        padded = np.empty((4, len(prompts), width), dtype=np.int64)
+        padded[:] = np.array([self.pad, -1, IGNORED, 0])[:, None, None]
+        for line, prompt in enumerate(prompts):
+            length = prompt.shape[1]
+            place = slice(length) if answers else slice(width - length, width)
+            padded[:3, line, place], padded[3, line, place] = prompt, 1
+        token_ids, rows, labels, attention_mask = torch.from_numpy(padded)
         return PromptBatch(
-            token_ids=pad(tokens, self.pad),
-            rows=pad(rows, -1),
-            attention_mask=pad([np.ones(len(ids), dtype=np.int64) for ids in tokens], 0),
-            labels=pad(labels, IGNORED),
+            token_ids=token_ids,
+            rows=rows,
+            attention_mask=attention_mask,
+            labels=labels,
             read_row=torch.repeat_interleave(torch.tensor([len(ends) for ends in reads])),
-            read_column=torch.tensor([end for ends in reads for end in ends]),
+            read_column=torch.from_numpy(np.concatenate(reads)),
             next_items=torch.from_numpy(np.concatenate([window[1:] for window in windows])),
         )
+
+
+def _piece(ids: list[int], learned: bool) -> np.ndarray:
+    """Text as a piece of a prompt: [3, n] token ids, token-table rows and labels."""
+    labels = ids if learned else [IGNORED] * len(ids)
+    return np.array([ids, [-1] * len(ids), labels], dtype=np.int64)
 
 
 class CategoryMatcher:

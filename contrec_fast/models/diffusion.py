@@ -78,6 +78,4 @@ class DiffusionHead(nn.Module):
             t = self.indices[step].expand(len(x))
             return ops.denoise(self.denoiser, x, condition, t, self.config.guidance)
 
-        return run_sampler(
-            predict_x0, self.coefficients, lambda step: torch.randn_like(condition)
-        )
+        return run_sampler(predict_x0, self.coefficients, lambda step: torch.randn_like(condition))

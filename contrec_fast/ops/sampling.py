@@ -8,6 +8,7 @@ distribution, which is Gaussian for a linear denoiser (all of its steps are affi
 import torch
 from torch import Tensor, nn
 
+from contrec_fast import native
 from contrec_fast.models.denoisers import Denoiser, LinearDenoiser
 from contrec_fast.models.schedules import (
     alpha_bars,
@@ -33,7 +34,8 @@ def step_noise(
     if noise is not None:
         return noise[:, step]
     dim = condition.shape[1]
-    draws = [philox_normal(seed, user_ids, dim, step, draw) for draw in range(samples)]
+    normal = native.philox_normal if native.serves(user_ids) else philox_normal
+    draws = [normal(seed, user_ids, dim, step, draw) for draw in range(samples)]
     return torch.stack(draws).to(condition.dtype)
 
 

@@ -9,6 +9,7 @@ import torch
 from contrec_fast.config import Config
 from contrec_fast.data.interactions import Dataset
 from contrec_fast.data.prompts import Prompts, response_text
+from contrec_fast.environment import default_device
 from contrec_fast.models.backbone import load_backbone, make_tiny_backbone
 from contrec_fast.models.contrec import ContRec, make_tokenizer
 from contrec_fast.models.lightgcn import whiten
@@ -42,6 +43,7 @@ def train(dataset: Dataset, config: Config, progress) -> ContRec:
         text_scale = backbone.get_input_embeddings().weight.square().mean().sqrt()
         tokens *= text_scale / tokens.square().mean().sqrt().clamp(min=1e-12)
     model = ContRec(config, backbone, text_tokenizer, tokenizer, vectors, tokens)
+    model.to(default_device())
     _train_model(model, dataset, config, progress)
     return model.eval()
 
