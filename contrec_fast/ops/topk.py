@@ -17,6 +17,7 @@ from contrec_fast.ops.dispatch import implements, resolve
 SPARE_CANDIDATES = 32  # rescored beyond k, so that a certificate seldom fails
 SCAN_ELEMENTS = 1 << 24  # scores held at once
 RESCORE_ELEMENTS = 1 << 22  # float64 products held at once
+COARSE_ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-8}  # relative, of "float32" products' inputs
 
 
 @implements("cosine_topk")
@@ -40,13 +41,15 @@ def _cosine_topk(
     query_norms = norms_of(queries)
     unit = (queries / query_norms.clamp(min=torch.finfo(torch.float64).tiny)[:, None]).float()
     # |float32 dot - exact| for unit vectors in any order of summation, both roundings to
-    # float32 of the inputs, the product with 1 + pi, and one unit in the last place of a score.
-    error = (1 + pi) * (dim + 16) * 2.0**-24
+    # float32 of the inputs, the product with 1 + pi, and one unit in the last place of a score;
+    # then both roundings of the inputs to TF32 or bfloat16 where PyTorch has leave to do so.
+    library = torch.backends.cuda if queries.is_cuda else torch.backends.mkldnn
+    rounding = COARSE_ROUNDING.get(library.matmul.fp32_precision, 0.0)
+    error = (1 + pi) * ((dim + 16) * 2.0**-24 + 2 * rounding)
     bonus = None
     if matched is not None and pi > 0:
         # A last column that never matches serves the items of group -1.
-        padded = torch.nn.functional.pad(matched, (0, 1))
-        bonus = torch.where(padded, 1.0 + pi, 1.0).double()
+        bonus = 1.0 + pi * torch.nn.functional.pad(matched, (0, 1)).double()
 
     def search(rows: Tensor, candidates: int):
         """Fill in the lists of some queries from this many candidates each."""
