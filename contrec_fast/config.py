@@ -2,10 +2,14 @@
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+MAY_BE_ZERO = ("seed", "epochs", "layers", "warmup_steps")  # other whole numbers are 1 or more
+SHARES = ("dropout", "mask_ratio", "condition_dropout")
 
 
 @dataclass
@@ -126,7 +130,7 @@ def load_config(path: str | Path) -> Config:
 
     Raises:
         ValueError: not YAML, an unknown key (the nearest known one is named) or a value of
-        another type, in one line that names the file and the key.
+        another type or out of range, in one line that names the file and the key.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -156,9 +160,23 @@ def _build(cls, tree, where: str):
         if dataclasses.is_dataclass(kind):
             values[key] = _build(kind, value, f"{where}: {key}")
             continue
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise ValueError(f"{where}: {key}: expected {kind.__name__}, got {value!r}")
-        values[key] = value
+        values[key] = _number_or_name(kind, key, value, f"{where}: {key}")
     return cls(**values)
+
+
+def _number_or_name(kind, key: str, value, where: str):
+    """A single setting, checked for its type and range."""
+    if kind is float and type(value) in (int, str):
+        try:
+            value = float(value)  # YAML takes 1e-3, which has no point, for a string
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
+    if kind is int and value < (least := 0 if key in MAY_BE_ZERO else 1):
+        raise ValueError(f"{where}: expected at least {least}, got {value}")
+    if kind is float and not 0 <= value < math.inf:
+        raise ValueError(f"{where}: expected a finite number, 0 or more, got {value}")
+    if key in SHARES and value >= 1:
+        raise ValueError(f"{where}: expected a share below 1, got {value}")
+    return value
