@@ -84,7 +84,10 @@ class Prompts:
         self._answers = [_piece([*ids, end], learned=True) for ids in answers]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.text_tokenizer(texts, add_special_tokens=False).input_ids
+        # A title may hold the characters of a special token, but never becomes one.
+        return self.text_tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True
+        ).input_ids
 
     def training_batch(self, windows: Sequence[np.ndarray]) -> PromptBatch:
         """Prompts that predict each next item of their window and state the last one.
