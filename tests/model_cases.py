@@ -2,9 +2,21 @@
 
 import functools
 
+import pytest
+import torch
+
 from contrec_fast.config import Config
 from contrec_fast.data import synthetic_shop
 from contrec_fast.training import train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For modules that import it: tensors this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Recorder:

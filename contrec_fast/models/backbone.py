@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,14 @@ def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig, path: str |
     Args:
         texts: what the tokenizer is trained on (titles, categories). path: folder to write,
         in the layout of `save_pretrained`. Uses torch's global random state.
+
+    Raises:
+        ValueError: heads of an odd width, which rotary positions cannot turn.
     """
+    if config.hidden % (2 * config.heads):
+        raise ValueError(
+            f"backbone.hidden: expected a multiple of 2 x {config.heads} heads, got {config.hidden}"
+        )
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()
@@ -66,15 +74,18 @@ def load_backbone(path: str | Path):
     """Load a causal LM folder and make sure it knows `<diff>` and `</diff>`.
 
     Returns:
-        (model, tokenizer).
+        (model in float32, tokenizer).
 
     Raises:
-        ValueError: not a model folder.
+        ValueError: not a model folder, or its tokenizer cannot end a text.
     """
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path}: expected a Hugging Face model folder, found no config.json")
-    model = AutoModelForCausalLM.from_pretrained(path)
+    # Whatever a checkpoint was stored in: small updates vanish in 16-bit weights.
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: expected a tokenizer with an end-of-text token, found none")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.add_tokens([OPEN, CLOSE], special_tokens=True):

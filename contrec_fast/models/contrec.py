@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -126,17 +127,18 @@ class ContRec(nn.Module):
             if not (path / name).exists():
                 raise ValueError(f"{path}: expected a trained model, found no {name}")
         config = load_config(path / "config.yaml")
-        state = load_file(path / "model.safetensors")
         backbone, text_tokenizer = load_backbone(path / "backbone")
-        tokens, width = config.tokenizer.tokens, backbone.config.hidden_size
-        vectors = state["item_vectors"]
-        tokenizer = make_tokenizer(config, vectors.shape[1], width)
-        item_tokens = state["item_tokens"].unflatten(0, (-1, tokens))
-        model = cls(config, backbone, text_tokenizer, tokenizer, vectors, item_tokens)
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        wrong = [name for name in missing if not name.startswith("backbone.")] + unexpected
-        if wrong:
-            raise ValueError(f"{path / 'model.safetensors'}: does not fit, first at {wrong[0]}")
+        try:
+            state = load_file(path / "model.safetensors")
+            vectors, item_tokens = state["item_vectors"], state["item_tokens"]
+            tokenizer = make_tokenizer(config, vectors.shape[1], backbone.config.hidden_size)
+            item_tokens = item_tokens.unflatten(0, (-1, config.tokenizer.tokens))
+            model = cls(config, backbone, text_tokenizer, tokenizer, vectors, item_tokens)
+            own = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+            model.load_state_dict(state | own)
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path / 'model.safetensors'}: does not fit: {reason}") from None
         return model.eval()
 
 
