@@ -5,7 +5,6 @@ from which its architecture is rebuilt (`describe`, `rebuild`).
 """
 
 import functools
-import json
 import threading
 
 import torch
@@ -18,14 +17,16 @@ from contrec_fast.ops.dispatch import implements, resolve
 
 
 def describe(denoiser: Denoiser) -> str:
-    """The architecture of a denoiser as a string.
+    """The architecture of a denoiser as a string, e.g. `adaln dim=64 width=96 depth=2 separable=0`.
 
     Raises:
         TypeError: not one of the package's denoisers.
     """
     for kind, cls in DENOISERS.items():
         if type(denoiser) is cls:
-            return json.dumps([kind, denoiser.arguments()])
+            # Plain formatting, which torch.compile can trace.
+            sizes = [f"{name}={int(value)}" for name, value in denoiser.arguments().items()]
+            return " ".join([kind, *sizes])
     names = ", ".join(cls.__name__ for cls in DENOISERS.values())
     raise TypeError(f"denoiser: expected one of {names}, got {type(denoiser).__name__}")
 
@@ -38,9 +39,10 @@ def rebuild(description: str) -> tuple[Denoiser, tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _rebuild(description: str, thread: int) -> tuple[Denoiser, tuple[str, ...]]:
-    kind, arguments = json.loads(description)
+    kind, *sizes = description.split()
+    arguments = dict(size.split("=") for size in sizes)
     with torch.device("meta"):
-        skeleton = DENOISERS[kind](**arguments)
+        skeleton = DENOISERS[kind](**{name: int(value) for name, value in arguments.items()})
     return skeleton, tuple(name for name, _ in skeleton.named_parameters())
 
 

@@ -174,7 +174,8 @@ class SamplingPlan(nn.Module):
                 ancestral step except the last ([1, B, D] is enough for a deterministic method
                 and for `draw="law"`); with several draws [S, steps, B, D].
             draw: "path" follows the chain; "law" draws from its distribution in closed form
-                (linear denoisers only), using the noise of entry 0.
+                (linear denoisers only), using the noise of entry 0; the first such call works
+                the law out, and must not be in compiled code.
             backend: "auto" or a name from `ops.backends()`.
 
         Returns:
