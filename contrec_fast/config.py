@@ -91,7 +91,7 @@ class TrainingConfig:
     dispersive_tau: float = 0.5
     ranking_weight: float = 1.0
     ranking_temperature: float = 0.1
-    text_weight: float = 0.1
+    text_weight: float = 1.0
 
 
 @dataclass

@@ -105,7 +105,7 @@ class Prompts:
         """
         windows = [np.append(h[-self.config.history :], -1) for h in histories]
         batch = self._batch(windows, None)
-        last = batch.token_ids.shape[1] - self.question.shape[1] - 1
+        last = batch.token_ids.shape[1] - self.question.shape[1] - 2
         batch.read_row = torch.arange(len(windows))
         batch.read_column = torch.full((len(windows),), last)
         batch.next_items = torch.full((len(windows),), -1)
@@ -122,7 +122,7 @@ class Prompts:
             answer = [answers[window[-1]]] if answers else []
             prompts.append(np.concatenate([self.role, *blocks, self.question, *answer], axis=1))
             lengths = [block.shape[1] for block in blocks]
-            reads.append(self.role.shape[1] + np.cumsum(lengths) - 1)
+            reads.append(self.role.shape[1] + np.cumsum(lengths) - 2)
         width = max(prompt.shape[1] for prompt in prompts)
         padded = np.empty((4, len(prompts), width), dtype=np.int64)
         padded[:] = np.array([self.pad, -1, IGNORED, 0])[:, None, None]

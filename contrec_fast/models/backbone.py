@@ -60,6 +60,7 @@ def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig, path: str |
             num_key_value_heads=config.heads,
             head_dim=config.hidden // config.heads,
             max_position_embeddings=4096,
+            initializer_range=0.05,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
