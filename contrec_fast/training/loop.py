@@ -68,7 +68,7 @@ def _train_model(model: ContRec, dataset: Dataset, config: Config, progress) -> 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _warmup_cosine(step, t.warmup_steps, total)
+        optimizer, lambda step: _warmup_cosine(step, min(t.warmup_steps, total // 2), total)
     )
     weights = {
         "diffusion": t.diffusion_weight,
