@@ -61,8 +61,15 @@ class Recommender:
 
         Args:
             rows: user rows. k: length of the lists. advance: called after each batch.
+
+        Raises:
+            ValueError: no rows, a row that no user has, or k not in 1..N, in one line.
         """
-        rows = np.asarray(rows, dtype=np.int64)
+        rows, users, items = np.asarray(rows), len(self.dataset.histories), len(self.catalog)
+        if not 1 <= k <= items:  # before the language model has read anything
+            raise ValueError(f"k: expected 1 to the catalog's {items} items, got {k}")
+        if not len(rows) or rows.min() < 0 or rows.max() >= users:
+            raise ValueError(f"rows: expected user rows from 0 to {users - 1}, got {rows}")
         order = np.argsort([len(self.dataset.histories[row]) for row in rows], kind="stable")
         parts = []
         for start in range(0, len(rows), batch_size):
