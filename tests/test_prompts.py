@@ -94,16 +94,15 @@ def unpadded(batch, line):
     return [tensor[line][kept].tolist() for tensor in (batch.token_ids, batch.rows, batch.labels)]
 
 
-def check_closes(batch, tokens, histories):
-    """Each read is at the `</diff>` right after its item's continuous tokens."""
+def check_reads(batch, tokens, histories):
+    """Conditions are read at the last continuous token of each item, right before `</diff>`."""
     items = [item for history in histories for item in history]
     users = [user for user, history in enumerate(histories) for _ in history]
     assert batch.read_row.tolist() == users
     assert len(batch.read_column) == len(items)
     for user, column, item in zip(users, batch.read_column.tolist(), items):
-        slots = batch.rows[user, column - tokens : column].tolist()
-        assert slots == [item * tokens + k for k in range(tokens)]
-        assert batch.rows[user, column] == -1
+        slots = batch.rows[user, column - tokens + 1 : column + 2].tolist()
+        assert slots == [*(item * tokens + k for k in range(tokens)), -1]
         assert batch.attention_mask[user, column] == 1
 
 
@@ -118,9 +117,9 @@ def test_training_batches_say_what_they_should(text_tokenizer, tokens):
         answer = response_text(SHOWN[window[-1]], CATEGORIES[window[-1]])
         expected = expected_text(histories[line], tokens) + answer + "<eos>"
         assert decode_parts(text_tokenizer, ids, rows) == expected
-    check_closes(batch, tokens, histories)
+    check_reads(batch, tokens, histories)
     closing = text_tokenizer.convert_tokens_to_ids(CLOSE)
-    assert (batch.token_ids[batch.read_row, batch.read_column] == closing).all()
+    assert (batch.token_ids[batch.read_row, batch.read_column + 1] == closing).all()
     assert batch.next_items.tolist() == [item for window in windows for item in window[1:]]
 
 
@@ -133,10 +132,11 @@ def test_inference_batches_stop_at_the_question(text_tokenizer, tokens):
     for line in range(len(histories)):
         ids, rows, labels = unpadded(batch, line)
         assert decode_parts(text_tokenizer, ids, rows) == expected_text(kept[line], tokens)
-    assert batch.read_row.tolist() == list(range(len(histories)))
-    for line, (column, history) in enumerate(zip(batch.read_column.tolist(), kept)):
-        last = batch.rows[line, column - tokens : column].tolist()
-        assert last == [history[-1] * tokens + k for k in range(tokens)]
+    columns = batch.read_column.tolist()
+    assert batch.read_row.tolist() == list(range(len(histories))) and len(columns) == 5
+    for line, (column, history) in enumerate(zip(columns, kept)):
+        assert batch.rows[line, column] == history[-1] * tokens + tokens - 1
+        assert not (batch.rows[line, column + 1 :] >= 0).any()
     assert (batch.next_items == -1).all()
 
 
