@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -37,7 +39,7 @@ def _one_line_errors():
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the trained run in this folder.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the shop and of the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of shop and training.")] = 0,
 ):
     """Train on a small made-up shop and show what is recommended, in a few minutes on a CPU."""
     from contrec_fast.config import demo_config
@@ -65,8 +67,8 @@ def train(
     data: Annotated[Path, typer.Argument(help="Folder with train.txt and test.txt.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     config: Annotated[Path | None, typer.Option(help="YAML file; see config.py.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the configured seed.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Instead of training.epochs.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the configured seed.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Instead of training.epochs.")] = None,
     holdout: Annotated[
         str, typer.Option(help="Target: each user's last item of 'test' or 'validation'.")
     ] = "test",
@@ -109,7 +111,7 @@ def recommend(
         if unknown:
             raise ValueError(f"users: expected users of the run's data, got {unknown[0]!r}")
         lists = recommender.recommend([row_of[user] for user in wanted], k)
-        writer = csv.writer(sys.stdout)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["user_id", "item_id", "title", "score", "rank", "matched", "text"])
         for i, user in enumerate(wanted):
             for rank, item in enumerate(lists.ids[i][lists.ids[i] >= 0]):
@@ -127,7 +129,7 @@ def info():
 
     table = Table(show_header=False, box=None)
     for name, value in describe_environment().items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     Console().print(table)
 
 
@@ -143,7 +145,7 @@ def _train(data: Path, out: Path, config, holdout: str) -> None:
     with ProgressBars() as progress:
         model = train_model(dataset, config, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         model.save_pretrained(partial)
         write_folder(dataset, partial / "data")
