@@ -1,9 +1,9 @@
 """Prompts: histories of titles and continuous tokens, and the sentence the model answers with.
 
 `role, example | title <diff> z_1 .. z_K </diff> ... | question | response`. The parts that never
-change come first and last, so a growing history only appends. The state at an item's `</diff>`
-has read everything up to and including that item, and nothing of what follows: that is where
-the condition of the diffusion head is read.
+change come first and last, so a growing history only appends. The state at an item's last
+continuous token has read everything up to and including that item, and nothing of what follows:
+that is where the condition of the diffusion head is read.
 """
 
 import re
