@@ -79,9 +79,9 @@ class HeadConfig:
 class TrainingConfig:
     """The main training loop (`training.loop`)."""
 
-    epochs: int = 20
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    epochs: int = 15
+    batch_size: int = 32
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 50
     clip_norm: float = 1.0
@@ -121,6 +121,7 @@ def demo_config() -> Config:
     config.lightgcn.epochs = 40
     config.tokenizer.epochs = 100
     config.backbone.vocabulary = 1000
+    config.training.batch_size = 16
     config.training.epochs = 20
     return config
 
