@@ -1,14 +1,26 @@
 // Latency of the ways to synchronise CTAs once per denoising step: the hardware cluster barrier, a
-// cluster barrier made of remote mbarrier arrivals, and barriers of the whole grid. Each first
-// passes a test in which neighbours exchange values across the barrier.
+// cluster barrier made of remote mbarrier arrivals (both also relaxed: without the fence that
+// publishes memory, which data that carries its own completion does not need), and barriers of the
+// whole grid. Each first passes a test in which neighbours exchange values across the barrier.
 #include <cooperative_groups.h>
 
 #include "probe.cuh"
 #include "ptx.cuh"
 
-enum Kind { kClusterBarrier, kClusterMbarrier, kGridCooperative, kGridAtomic };
-const char* const kNames[] = {"cluster_barrier", "cluster_mbarrier", "grid_cooperative",
-                              "grid_atomic"};
+enum Kind {
+  kClusterBarrier,
+  kClusterBarrierRelaxed,
+  kClusterMbarrier,
+  kClusterMbarrierRelaxed,
+  kGridCooperative,
+  kGridAtomic
+};
+const char* const kNames[] = {"cluster_barrier",          "cluster_barrier_relaxed",
+                              "cluster_mbarrier",         "cluster_mbarrier_relaxed",
+                              "grid_cooperative",         "grid_atomic"};
+__host__ __device__ constexpr bool is_relaxed(Kind kind) {
+  return kind == kClusterBarrierRelaxed || kind == kClusterMbarrierRelaxed;
+}
 
 // One object per kind; sync() is called by every thread of every CTA that takes part.
 template <Kind kind>
@@ -20,12 +32,18 @@ struct Barrier<kClusterBarrier> {
   __device__ void sync() { cluster_sync(); }
 };
 
+template <>
+struct Barrier<kClusterBarrierRelaxed> {
+  __device__ Barrier(unsigned*, int) {}
+  __device__ void sync() { cluster_sync_relaxed(); }
+};
+
 // Each CTA arrives at every CTA's mbarrier and waits at its own. No CTA can be two phases ahead,
 // because its next phase needs everybody's arrival, so one parity bit is enough.
-template <>
-struct Barrier<kClusterMbarrier> {
+template <bool relaxed>
+struct MbarrierOfCluster {
   uint32_t own, remote, size, parity = 0;
-  __device__ Barrier(unsigned*, int cluster) : size(cluster) {
+  __device__ MbarrierOfCluster(unsigned*, int cluster) : size(cluster) {
     __shared__ alignas(8) uint64_t storage;
     own = shared_address(&storage);
     if (threadIdx.x == 0) {
@@ -37,10 +55,23 @@ struct Barrier<kClusterMbarrier> {
   }
   __device__ void sync() {
     __syncthreads();
-    if (threadIdx.x < size) mbarrier_arrive_remote(remote);
-    mbarrier_wait(own, parity);
+    if constexpr (relaxed) {
+      if (threadIdx.x < size) mbarrier_arrive_remote_relaxed(remote);
+      mbarrier_wait(own, parity);
+    } else {
+      if (threadIdx.x < size) mbarrier_arrive_remote(remote);
+      mbarrier_wait_cluster(own, parity);
+    }
     parity ^= 1;
   }
+};
+template <>
+struct Barrier<kClusterMbarrier> : MbarrierOfCluster<false> {
+  using MbarrierOfCluster::MbarrierOfCluster;
+};
+template <>
+struct Barrier<kClusterMbarrierRelaxed> : MbarrierOfCluster<true> {
+  using MbarrierOfCluster::MbarrierOfCluster;
 };
 
 template <>
@@ -79,9 +110,18 @@ __global__ void repeat(int rounds, int group, unsigned* counter, volatile unsign
   const long long start = clock64();
   if (exchange) {
     for (int round = 1; round <= rounds; ++round) {
-      if (threadIdx.x == 0) slots[blockIdx.x] = round * 7919u + blockIdx.x;
-      barrier.sync();
-      if (threadIdx.x == 0 && slots[neighbour] != round * 7919u + neighbour) atomicAdd(errors, 1u);
+      const unsigned mine = round * 7919u + blockIdx.x, theirs = round * 7919u + neighbour;
+      if constexpr (is_relaxed(kind)) {
+        // Atomics that have returned their value are done: they show the meeting without a fence.
+        unsigned* words = const_cast<unsigned*>(slots);
+        if (threadIdx.x == 0 && atomicExch(words + blockIdx.x, mine) == mine) atomicAdd(errors, 1u);
+        barrier.sync();
+        if (threadIdx.x == 0 && atomicAdd(words + neighbour, 0u) != theirs) atomicAdd(errors, 1u);
+      } else {
+        if (threadIdx.x == 0) slots[blockIdx.x] = mine;
+        barrier.sync();
+        if (threadIdx.x == 0 && slots[neighbour] != theirs) atomicAdd(errors, 1u);
+      }
       barrier.sync();
     }
   } else {
@@ -89,7 +129,7 @@ __global__ void repeat(int rounds, int group, unsigned* counter, volatile unsign
   }
   if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = clock64() - start;
   // A CTA must not leave while others may still arrive at its shared memory.
-  if constexpr (kind == kClusterMbarrier) cluster_sync();
+  if constexpr (kind == kClusterMbarrier || kind == kClusterMbarrierRelaxed) cluster_sync();
 }
 
 unsigned *counter, *slots, *errors;
@@ -98,10 +138,10 @@ long long* cycles;
 // group CTAs per barrier, `groups` such barriers side by side.
 template <Kind kind>
 void measure(int group, int groups, int threads, int rounds) {
-  const bool cluster = kind == kClusterBarrier || kind == kClusterMbarrier;
+  const bool cluster = kind != kGridCooperative && kind != kGridAtomic;
   auto launch = [&](int n, bool exchange) {
     CHECK(cudaMemsetAsync(counter, 0, sizeof(unsigned)));
-    Launch shape(group * groups, threads, 0);
+    Launch shape(group * groups, threads, kOnePerMultiprocessor);
     if (cluster) shape.cluster(group);
     else shape.cooperative();
     CHECK(cudaLaunchKernelEx(&shape.config, repeat<kind>, n, group, counter, slots, errors, cycles,
@@ -120,25 +160,28 @@ void measure(int group, int groups, int threads, int rounds) {
 
 template <Kind kind>
 void measure_clusters() {
-  CHECK(cudaFuncSetAttribute(repeat<kind>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  allow(repeat<kind>, kOnePerMultiprocessor);
   for (int cluster : {2, 4, 8, 16}) {
     for (int threads : {128, 512}) {
-      const int most = active_clusters(repeat<kind>, cluster, threads, 0);
-      // The active clusters hold several CTAs per multiprocessor here: keep to one.
-      const int filled = std::min(most, multiprocessors() / cluster);
-      if (most > 0) measure<kind>(cluster, 1, threads, 10000);
-      if (filled > 1) measure<kind>(cluster, filled, threads, 10000);
+      const int most = active_clusters(repeat<kind>, cluster, threads, kOnePerMultiprocessor);
+      if (most > 0) measure<kind>(cluster, 1, threads, 4000);
+      if (most > 1) measure<kind>(cluster, most, threads, 4000);
     }
   }
 }
 
 int main() {
+  raise_clocks();
   counter = device_array<unsigned>(1);
   slots = device_array<unsigned>(4096);
   errors = device_array<unsigned>(1);
   cycles = device_array<long long>(1);
   measure_clusters<kClusterBarrier>();
+  measure_clusters<kClusterBarrierRelaxed>();
   measure_clusters<kClusterMbarrier>();
+  measure_clusters<kClusterMbarrierRelaxed>();
+  allow(repeat<kGridCooperative>, kOnePerMultiprocessor);
+  allow(repeat<kGridAtomic>, kOnePerMultiprocessor);
   for (int ctas : {16, 64, multiprocessors()}) {
     for (int threads : {128, 512}) {
       measure<kGridCooperative>(ctas, 1, threads, 3000);

@@ -95,7 +95,7 @@ __device__ uint4 slice_value(uint32_t cta, uint32_t round, uint32_t word) {
   return {x, x * 3u + 1u, x ^ 0x5bd1e995u, x + word};
 }
 
-// All-gather, `rounds` times; slice is in 16-byte words. Buffers are doubled: a CTA that is in
+// All-gather, `rounds` times, in a cluster of 2^n CTAs; slice is in 16-byte words. Buffers are doubled: a CTA that is in
 // round i + 2 has seen everybody's slice of round i + 1, which each sent after it was done with
 // round i, so the buffers of round i are free by then, and no barrier is two phases behind.
 template <Method method>
@@ -105,6 +105,8 @@ __global__ void exchange(int rounds, int cluster, int slice, bool check, unsigne
   uint4* own = buffer + 2 * cluster * slice;
   const uint32_t rank = cluster_rank();
   const uint32_t first = blockIdx.x - rank;
+  // Each CTA begins with itself, so that not all send to the same one at a time.
+  const uint32_t turn = (rank + threadIdx.x) & (cluster - 1);
   const uint32_t barriers = shared_address(storage);
   for (int i = threadIdx.x; i < 2 * cluster * slice; i += kThreads)
     buffer[i] = {~0u, ~0u, ~0u, ~0u};
@@ -128,12 +130,13 @@ __global__ void exchange(int rounds, int cluster, int slice, bool check, unsigne
       fence_async_proxy();
       __syncthreads();
       if (threadIdx.x < cluster)
-        bulk_send(remote_address(target, threadIdx.x), shared_address(own + half * slice),
-                  16 * slice, remote_address(barrier, threadIdx.x));
+        bulk_send(remote_address(target, turn), shared_address(own + half * slice), 16 * slice,
+                  remote_address(barrier, turn));
     } else {
       for (int i = threadIdx.x; i < slice; i += kThreads) {
         const uint4 value = slice_value(blockIdx.x, round, i);
-        for (int to = 0; to < cluster; ++to) {
+        for (int j = 0; j < cluster; ++j) {
+          const uint32_t to = (rank + j) & (cluster - 1);
           const uint32_t remote = remote_address(target + 16 * i, to);
           if (method == kStoreAsync) store_async(remote, value, remote_address(barrier, to));
           else store_cluster(remote, value);
@@ -180,7 +183,8 @@ void rates(int cluster) {
                                  reinterpret_cast<const uint4*>(input), rounds, cluster, distance,
                                  sums));
       };
-      run(1);
+      const int rounds = 500;
+      run(rounds);
       const std::vector<uint4> got = to_host(sums, static_cast<size_t>(ctas) * kThreads);
       bool right = true;
       for (int cta = 0; cta < ctas && right; ++cta) {
@@ -191,9 +195,8 @@ void rates(int cluster) {
         }
         const size_t from = static_cast<size_t>(neighbour(cta, distance)) * kBuffer / 4;
         for (int i = 0; i < kBuffer / 4; ++i) want += words[from + i];
-        right = total == want;
+        right = total == want * rounds;
       }
-      const int rounds = 500;
       const Timing time = time_us([&] { run(rounds); }, 10);
       Line line("dsmem_read");
       line.put("cluster", cluster).put("clusters", clusters).put("distance", distance);
@@ -235,8 +238,8 @@ void rates(int cluster) {
 }
 
 void latency(int cluster) {
-  allow(chase, 16384);
-  if (active_clusters(chase, cluster, kThreads, 16384) == 0) return;
+  allow(chase, kOnePerMultiprocessor);
+  if (active_clusters(chase, cluster, kThreads, kOnePerMultiprocessor) == 0) return;
   // One cycle through all 4,096 words in random order.
   std::vector<uint32_t> order(4096), ring(4096);
   for (int i = 0; i < 4096; ++i) order[i] = i;
@@ -248,7 +251,7 @@ void latency(int cluster) {
   for (int distance : {0, 1, cluster / 2}) {
     const int steps = 20011;
     const Timing time = time_us([&] {
-      Launch launch(cluster, kThreads, 16384);
+      Launch launch(cluster, kThreads, kOnePerMultiprocessor);
       launch.cluster(cluster);
       CHECK(cudaLaunchKernelEx(&launch.config, chase, static_cast<const uint32_t*>(device_ring),
                                steps, cluster, distance, end, cycles));
@@ -267,10 +270,10 @@ void latency(int cluster) {
 template <Method method>
 void measure_exchange(int cluster, int slice_bytes, unsigned* errors) {
   const int slice = slice_bytes / 16;
-  const size_t shared_bytes = static_cast<size_t>(2 * slice_bytes) * (cluster + 1);
+  const size_t shared_bytes =
+      std::max(static_cast<size_t>(2 * slice_bytes) * (cluster + 1), kOnePerMultiprocessor);
   allow(exchange<method>, shared_bytes);
-  const int most = std::min(active_clusters(exchange<method>, cluster, kThreads, shared_bytes),
-                            multiprocessors() / cluster);
+  const int most = active_clusters(exchange<method>, cluster, kThreads, shared_bytes);
   for (int clusters : {1, most}) {
     if (most == 0 || (clusters == 1 && most == 1)) continue;
     auto run = [&](int rounds, bool check) {
@@ -292,6 +295,7 @@ void measure_exchange(int cluster, int slice_bytes, unsigned* errors) {
 }
 
 int main() {
+  raise_clocks();
   for (int cluster : {2, 8, 16}) rates(cluster);
   for (int cluster : {8, 16}) latency(cluster);
   unsigned* errors = device_array<unsigned>(1);

@@ -42,6 +42,7 @@ cudaGraphExec_t capture(const Shape& shape, int kernels, unsigned* counter, cuda
 }
 
 int main() {
+  raise_clocks();
   const int sms = multiprocessors();
   const size_t large = 200 * 1024;
   allow(count, large);

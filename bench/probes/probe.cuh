@@ -111,6 +111,17 @@ inline int multiprocessors() {
   return count;
 }
 
+// Keeps every multiprocessor busy for so long; megahertz gets the clock rate seen meanwhile.
+static __global__ void spin(unsigned long long nanoseconds, double* megahertz) {
+  unsigned long long start, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+  const long long first = clock64();
+  do {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  } while (now - start < nanoseconds);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *megahertz = 1e3 * (clock64() - first) / (now - start);
+}
+
 template <class T>
 T* device_array(size_t count) {
   T* pointer = nullptr;
@@ -136,6 +147,17 @@ inline std::vector<uint32_t> random_words(size_t count) {
   std::vector<uint32_t> words(count);
   for (uint32_t& word : words) word = static_cast<uint32_t>(random_engine()());
   return words;
+}
+
+// An idle GPU runs at a fraction of its clock rate: call before anything is timed. Prints the rate.
+inline void raise_clocks() {
+  double* megahertz = device_array<double>(1);
+  for (unsigned long long milliseconds : {300, 20}) {
+    spin<<<multiprocessors(), 128>>>(milliseconds * 1'000'000, megahertz);
+    CHECK(cudaGetLastError());
+  }
+  Line("sm_clock").put("mhz", to_host(megahertz, 1)[0]).print();
+  CHECK(cudaFree(megahertz));
 }
 
 // A launch configuration that may carry a cluster size or ask for a cooperative launch.
@@ -167,12 +189,24 @@ struct Launch {
   }
 };
 
+// Dynamic shared memory of more than half a multiprocessor: CTAs that ask for it do not share one,
+// as the CTAs of a small cluster or grid otherwise may.
+constexpr size_t kOnePerMultiprocessor = 120 * 1024;
+
 // Raises the shared-memory limit and allows clusters of more than 8 CTAs.
 template <class Kernel>
 void allow(Kernel kernel, size_t shared_bytes) {
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared_bytes)));
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+// A grid that is resident all at once: no last wave in which part of the GPU idles.
+template <class Kernel>
+int resident_blocks(Kernel kernel, int block) {
+  int count = 0;
+  CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, block, 0));
+  return count * multiprocessors();
 }
 
 // How many clusters of this shape can be resident at once (0: none fits).

@@ -18,6 +18,12 @@ __device__ inline void cluster_sync() {
                ::: "memory");
 }
 
+// Meets only: publishes no memory, and so needs no fence (MEMBAR.GPU) before it.
+__device__ inline void cluster_sync_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.acquire.aligned;"
+               ::: "memory");
+}
+
 // The same variable's address in another CTA of the cluster.
 __device__ inline uint32_t remote_address(uint32_t address, uint32_t rank) {
   uint32_t remote;
@@ -40,13 +46,35 @@ __device__ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) 
                : "memory");
 }
 
+// Publishes this thread's writes to the cluster. Costs a fence of the whole GPU (MEMBAR.GPU).
 __device__ inline void mbarrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");
 }
 
-// Waits for the phase of the given parity; a fresh barrier has "completed" parity 1.
+// The arrival alone, without the fence: enough to hand back a buffer that was only read.
+__device__ inline void mbarrier_arrive_remote_relaxed(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+
+// Waits for the phase of the given parity; a fresh barrier has "completed" parity 1. Sees what the
+// copy engine and st.async brought to this CTA's shared memory.
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+
+// The same, and sees the writes published by mbarrier_arrive_remote. Empties this L1 (CCTL.IVALL).
+__device__ inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done) {
     asm volatile(

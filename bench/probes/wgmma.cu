@@ -265,6 +265,7 @@ void measure_all(const Problem& problem) {
 }
 
 int main() {
+  raise_clocks();
   const Problem problem = make_problem();
   measure_all<8>(problem);
   measure_all<16>(problem);
