@@ -3,7 +3,8 @@
 #
 #     bench/gpu_suite.sh OUT [SECONDS]
 #
-# Environment, build, the probes that decide the kernels' design, PyTorch baselines, tests, tools.
+# Environment, the probes that decide the kernels' design, PyTorch baselines, build, GPU tests,
+# tools, the other tests.
 # Needs no network. Writes OUT/results.json (after every part, so that a run that is cut off keeps
 # what it had) and OUT/log.txt. Each part has its own time limit and the whole run one of SECONDS
 # (default 540); a part that fails, a missing tool included, does not stop the rest. Exits 1 if any
@@ -13,6 +14,8 @@ out=${1:?usage: bench/gpu_suite.sh OUT [SECONDS]}
 total=${2:-540}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+# nvcc, and ncu beside it, where the toolkit installs itself
+command -v nvcc >/dev/null || PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 results=$out/results.json
 scratch=$(mktemp -d) || exit 2
@@ -43,27 +46,31 @@ probe() { part "probe-$1" "$2" "$scratch/$1"; }
 
 python3 bench/suite_results.py start "$results" || exit 2
 
-part environment 40 python3 bench/suite_environment.py
-part build 90 python3 setup.py -q build_ext --inplace
-part import-extension 20 python3 -c 'from contrec_fast import _C; print(_C.__file__)'
-part compile-probes 120 bash bench/probes/compile.sh "$scratch"
-probe clusters 20
-probe barriers 30
-probe dsmem 30
+part environment 60 python3 bench/suite_environment.py
+part compile-probes 90 bash bench/probes/compile.sh "$scratch"
+probe clusters 15
+probe barriers 20
+probe dsmem 25
+probe wgmma 20
 probe multicast 20
-probe wgmma 30
-probe elementwise 20
-probe graph 30
+probe elementwise 15
+probe graph 20
 probe copy 20
-part torch-rates 40 python3 bench/torch_rates.py
-part torch-sampler 70 python3 bench/torch_sampler.py
-part torch-topk 60 python3 bench/torch_topk.py
+part torch-rates 30 python3 bench/torch_rates.py
+part torch-sampler 60 python3 bench/torch_sampler.py
+part torch-topk 45 python3 bench/torch_topk.py
+part build 60 python3 setup.py -q build_ext --inplace
+part import-extension 30 python3 -c 'from contrec_fast import _C; print(_C.__file__)'
 part tests-gpu 60 python3 -m pytest -q -m gpu tests
-part tests 220 python3 -m pytest -q -m "not gpu" tests
-part tool-ncu 40 python3 bench/check_tools.py ncu "$scratch/tool_sample"
-part tool-compute-sanitizer 40 python3 bench/check_tools.py compute-sanitizer "$scratch/tool_sample"
-part tool-nsys 40 python3 bench/check_tools.py nsys "$scratch/tool_sample"
-part torch-sampler-compile 120 python3 bench/torch_sampler.py --compile
+part torch-sampler-compile 100 python3 bench/torch_sampler.py --compile
+part tool-ncu 30 python3 bench/check_tools.py ncu "$scratch/tool_sample"
+part tool-compute-sanitizer 30 python3 bench/check_tools.py compute-sanitizer "$scratch/tool_sample"
+part tool-nsys 30 python3 bench/check_tools.py nsys "$scratch/tool_sample"
+# As on a machine without a GPU; several processes where pytest-xdist is there.
+python3 -c 'import xdist' >/dev/null 2>&1 && workers='-n 8' || workers=
+# shellcheck disable=SC2086 # two words or none
+part tests 240 env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=2 \
+  python3 -m pytest -q $workers -m "not gpu" tests
 
 python3 bench/suite_results.py table "$results" | tee -a "$out/log.txt"
 exit "${PIPESTATUS[0]}"

@@ -296,8 +296,6 @@ void measure_exchange(int cluster, int slice_bytes, unsigned* errors) {
 
 int main() {
   raise_clocks();
-  for (int cluster : {2, 8, 16}) rates(cluster);
-  for (int cluster : {8, 16}) latency(cluster);
   unsigned* errors = device_array<unsigned>(1);
   for (int cluster : {8, 16}) {
     for (int slice_bytes : {256, 1024, 4096}) {
@@ -306,5 +304,7 @@ int main() {
       measure_exchange<kStore>(cluster, slice_bytes, errors);
     }
   }
+  for (int cluster : {8, 16}) latency(cluster);
+  for (int cluster : {2, 8, 16}) rates(cluster);
   return finish();
 }
