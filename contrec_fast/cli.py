@@ -142,11 +142,11 @@ def _train(data: Path, out: Path, config, holdout: str) -> None:
     _quiet_transformers()
     dataset = read_folder(data, holdout)
     dataset = dataset.of_users(np.flatnonzero(dataset.targets >= 0))
-    with ProgressBars() as progress:
-        model = train_model(dataset, config, progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    partial.mkdir(parents=True)  # now, so that a place that cannot be written to costs no time
     try:
+        with ProgressBars() as progress:
+            model = train_model(dataset, config, progress)
         model.save_pretrained(partial)
         write_folder(dataset, partial / "data")
         os.rename(partial, out)

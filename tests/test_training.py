@@ -179,8 +179,8 @@ def test_windows_cover_a_history(length, size):
     dataset, config = history_dataset([length]), small_config()
     config.prompt.history = size
     rng = np.random.default_rng()
-    predicted = set()
-    for _ in range(400):
+    for _ in range(50):
+        predicted = set()
         windows = windows_of(dataset, config, rng)
         assert len(windows) == math.ceil((length - 1) / size)
         for window in windows:
@@ -191,7 +191,7 @@ def test_windows_cover_a_history(length, size):
             assert max(window[-1] for window in windows) == length - 1
             latest = max(windows, key=lambda window: window[-1])
             assert len(latest) == min(length, size + 1)
-    assert predicted == set(range(1, length))
+        assert predicted == set(range(1, length))
 
 
 def test_short_histories_are_one_window_each_epoch():

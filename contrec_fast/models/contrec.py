@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from contrec_fast import ops
@@ -113,7 +113,8 @@ class ContRec(nn.Module):
             for name, tensor in self.state_dict().items()
             if not name.startswith("backbone.")
         }
-        save_file(state, path / "model.safetensors")
+        # `save_file` would make it readable by its owner only.
+        (path / "model.safetensors").write_bytes(save(state))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ContRec":

@@ -100,14 +100,16 @@ def _train_model(model: ContRec, dataset: Dataset, config: Config, progress) -> 
 def _batches(dataset: Dataset, config: Config, rng: np.random.Generator) -> list[list[np.ndarray]]:
     """One epoch: histories cut into windows of at most `history` + 1 items, in batches.
 
-    A user's last window ends with the history; the earlier ones of a long history are shifted
-    at random. Windows of similar length share a batch, which saves padding.
+    They cover every history; where a long one is cut is random, except that its last window
+    ends with it. Windows of similar length share a batch, which saves padding.
     """
     size = config.prompt.history
     windows = []
     for history in dataset.histories:
-        for part in range(math.ceil((len(history) - 1) / size)):
-            end = len(history) - part * size + (int(rng.integers(size)) if part else 0)
+        parts = math.ceil((len(history) - 1) / size)
+        slack = parts * size - (len(history) - 1)
+        for part in range(parts):
+            end = len(history) - part * size + (int(rng.integers(slack + 1)) if part else 0)
             windows.append(history[max(0, end - size - 1) : end])
     order = rng.permutation(len(windows))
     chunk = 16 * config.training.batch_size
