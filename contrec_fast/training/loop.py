@@ -107,9 +107,9 @@ def _batches(dataset: Dataset, config: Config, rng: np.random.Generator) -> list
     windows = []
     for history in dataset.histories:
         parts = math.ceil((len(history) - 1) / size)
-        slack = parts * size - (len(history) - 1)
+        shift = int(rng.integers(max(parts * size - len(history) + 2, 1)))
         for part in range(parts):
-            end = len(history) - part * size + (int(rng.integers(slack + 1)) if part else 0)
+            end = len(history) - part * size + (shift if part else 0)
             windows.append(history[max(0, end - size - 1) : end])
     order = rng.permutation(len(windows))
     chunk = 16 * config.training.batch_size
