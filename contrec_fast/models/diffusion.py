@@ -10,6 +10,7 @@ from contrec_fast.models.denoisers import DENOISERS
 from contrec_fast.models.losses import dispersive_loss
 from contrec_fast.models.schedules import (
     alpha_bars,
+    count_noises,
     respaced_indices,
     run_sampler,
     sampler_coefficients,
@@ -38,6 +39,7 @@ class DiffusionHead(nn.Module):
         alpha_bar = alpha_bars(config.schedule, config.timesteps)
         indices = respaced_indices(config.timesteps, config.steps)
         coefficients = sampler_coefficients(alpha_bar, indices, config.method)
+        self.noises = count_noises(coefficients)
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("coefficients", coefficients, persistent=False)
@@ -78,4 +80,7 @@ class DiffusionHead(nn.Module):
             t = self.indices[step].expand(len(x))
             return ops.denoise(self.denoiser, x, condition, t, self.config.guidance)
 
-        return run_sampler(predict_x0, self.coefficients, lambda step: torch.randn_like(condition))
+        def noise_of(step: int) -> Tensor:
+            return torch.randn_like(condition)
+
+        return run_sampler(predict_x0, self.coefficients, self.noises, noise_of)

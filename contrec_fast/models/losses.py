@@ -1,5 +1,7 @@
 """Losses of the diffusion head that are more than one library call."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,4 +16,4 @@ def dispersive_loss(z: Tensor, tau: float) -> Tensor:
         return z.new_zeros(())
     row, column = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
     distance = (z[row] - z[column]).square().mean(-1)
-    return torch.logsumexp(-distance / tau, dim=0) - torch.log(distance.new_tensor(len(distance)))
+    return torch.logsumexp(-distance / tau, dim=0) - math.log(len(distance))

@@ -79,23 +79,29 @@ def sampler_coefficients(alpha_bar: Tensor, indices: Tensor, method: str) -> Ten
     return torch.stack([c_x0, c_x, variance.sqrt()], dim=1)
 
 
+def count_noises(coefficients: Tensor) -> int:
+    """How many noises a sampler takes: x_T, and one for each ancestral step but the last."""
+    return 1 + int((coefficients[:, 2] > 0).sum())
+
+
 def run_sampler(
     predict_x0: Callable[[Tensor, int], Tensor],
     coefficients: Tensor,
+    noises: int,
     noise_of: Callable[[int], Tensor],
 ) -> Tensor:
     """Reverse diffusion: `x <- c_x0 * x0_hat + c_x * x + sigma * noise`, step by step.
 
     Args:
         predict_x0: (x, step) to x0_hat. coefficients: [steps, 3] float64 of
-        `schedules.sampler_coefficients`. noise_of: step to noise shaped like x; 0 is x_T,
-        i + 1 is added after step i where sigma is positive.
+        `sampler_coefficients`. noises: `count_noises(coefficients)`, counted beforehand so
+        that nothing here waits for a GPU (a CUDA graph can capture it). noise_of: 0 to x_T,
+        i + 1 below `noises` to the noise that is added after step i.
     """
     x = noise_of(0)
-    stochastic = (coefficients[:, 2] > 0).tolist()
     table = coefficients.to(x.dtype)
     for step, (c_x0, c_x, sigma) in enumerate(table.unbind()):
         x = c_x0 * predict_x0(x, step) + c_x * x
-        if stochastic[step]:
+        if step + 1 < noises:
             x = x + sigma * noise_of(step + 1)
     return x

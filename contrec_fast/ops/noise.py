@@ -69,7 +69,7 @@ def philox_normal(seed: Tensor, user_ids: Tensor, dim: int, step: int, draw: int
     device = user_ids.device
     seed, users = seed.to(device), user_ids[:, None]
     block = torch.arange((dim + 3) // 4, device=device)[None, :]
-    column = torch.tensor(step + MAX_STEPS * draw, device=device)
+    column = torch.full((), step + MAX_STEPS * draw, device=device)  # filled there, not copied
     counter = (block, column, users & _LOW, (users >> 32) & _LOW)
     words = philox(counter, (seed & _LOW, (seed >> 32) & _LOW))
     normals = torch.stack([*normals_of(*words[:2]), *normals_of(*words[2:])], dim=-1)

@@ -12,6 +12,7 @@ from contrec_fast import native
 from contrec_fast.models.denoisers import Denoiser, LinearDenoiser
 from contrec_fast.models.schedules import (
     alpha_bars,
+    count_noises,
     respaced_indices,
     run_sampler,
     sampler_coefficients,
@@ -49,6 +50,7 @@ def _sample(
     weights: list[Tensor],
     times: Tensor,
     coefficients: Tensor,
+    noises: int,
     description: str,
     guidance: float,
 ) -> Tensor:
@@ -57,7 +59,8 @@ def _sample(
     Args:
         condition: [B, D]. seed: int64 scalar. user_ids: [B] int64. noise: [S, steps, B, D].
         weights, description: the denoiser. times: [steps, D] time embeddings.
-        coefficients: [steps, 3] of `schedules.sampler_coefficients`.
+        coefficients: [steps, 3] of `schedules.sampler_coefficients`. noises: how many the
+        chain takes.
 
     Returns:
         [S, B, D].
@@ -79,7 +82,7 @@ def _sample(
     def predict_x0(x: Tensor, step: int) -> Tensor:
         return guided(description, weights, x, condition_rows, times[step], guidance)
 
-    x = run_sampler(predict_x0, coefficients, noise_of)
+    x = run_sampler(predict_x0, coefficients, noises, noise_of)
     return x[:rows].reshape(samples, batch, dim)
 
 
@@ -93,12 +96,13 @@ def _registered(
     weights: list[Tensor],
     times: Tensor,
     coefficients: Tensor,
+    noises: int,
     description: str,
     guidance: float,
     backend: str,
 ) -> Tensor:
     return resolve("sample", backend)(
-        condition, seed, user_ids, samples, noise, weights, times, coefficients,
+        condition, seed, user_ids, samples, noise, weights, times, coefficients, noises,
         description, guidance,
     )  # fmt: skip
 
@@ -135,7 +139,7 @@ class SamplingPlan(nn.Module):
         with torch.no_grad():
             times = denoiser.time_embedding(indices.to(device))
         self.steps = len(indices)
-        self.noise_steps = 1 + int((coefficients[:, 2] > 0).sum())
+        self.noises = count_noises(coefficients)
         self.register_buffer("timestep_indices", indices.to(device), persistent=False)
         self.register_buffer("coefficients", coefficients.to(device), persistent=False)
         self.register_buffer("times", times, persistent=False)
@@ -160,15 +164,16 @@ class SamplingPlan(nn.Module):
         draw: str = "path",
         backend: str = "auto",
     ) -> Tensor:
-        """Sample item-space vectors.
+        """Sample item-space vectors. Nothing here waits for a GPU (but see `draw`).
 
         Args:
             condition: [B, D] in the denoiser's dtype, on the plan's device.
-            seed: key of the noise, an int or an int64 scalar tensor.
+            seed: key of the noise, an int or an int64 scalar tensor; one on the plan's device
+                lets a captured CUDA graph replay with other seeds.
             user_ids: [B] int64 stable ids that key the noise; 0..B-1 if not given. A user's
                 vector depends on its id and the seed, not on its place in the batch: bitwise
-                for "path" in float32 and bfloat16 when the widths are multiples of 16, else up
-                to rounding.
+                for "path" on the CPU in float32 and bfloat16 when the widths are multiples of
+                16, else up to rounding.
             samples: draws per user, S.
             noise: scripted noise instead: [steps, B, D], entry 0 is x_T, then one entry per
                 ancestral step except the last ([1, B, D] is enough for a deterministic method
@@ -205,7 +210,9 @@ class SamplingPlan(nn.Module):
             raise TypeError(f"seed: expected an int or a tensor, got {type(seed).__name__}")
         elif not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
-        seed = torch.as_tensor(seed, device=device)
+        else:  # a fill, where a copy to a GPU would wait for it
+            seed = torch.full((), seed, dtype=torch.int64, device=device)
+        seed = seed.to(device)
         if noise is not None:
             noise = self._check_noise(noise, condition, samples, draw)
         if draw == "law":
@@ -215,7 +222,7 @@ class SamplingPlan(nn.Module):
         else:
             arguments = (
                 condition, seed, user_ids, samples, noise, self.weights, self.times,
-                self.coefficients, self.description, float(self.guidance),
+                self.coefficients, self.noises, self.description, float(self.guidance),
             )  # fmt: skip
             if torch.compiler.is_compiling():
                 y = torch.ops.contrec.sample(*arguments, backend)
@@ -233,7 +240,7 @@ class SamplingPlan(nn.Module):
 
     def _check_noise(self, noise: Tensor, condition: Tensor, samples: int, draw: str) -> Tensor:
         """Scripted noise as [S, steps, B, D]."""
-        needed = 1 if draw == "law" else self.noise_steps
+        needed = 1 if draw == "law" else self.noises
         lead = (samples, "steps") if samples > 1 else ("steps",)
         check("noise", noise, (*lead, *condition.shape), (condition.dtype,), like=condition)
         entries = noise.shape[-3]
