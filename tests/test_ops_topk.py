@@ -389,3 +389,24 @@ BAD_CALLS = [
 def test_bad_calls(error, name, arguments):
     with refused(error, name):
         ops.cosine_topk(**({"queries": Q, "catalog": CATALOG, "k": 2} | arguments))
+
+
+def test_autocast_leaves_lists_exact():
+    """Under autocast the scan would be bfloat16, where these cosines take two values."""
+    query = torch.nn.functional.normalize(torch.randn(1, 64, dtype=torch.float64))
+    aside = torch.randn(60, 64, dtype=torch.float64)
+    aside = torch.nn.functional.normalize(aside - (aside @ query.T) * query)
+    cosine = 0.3134765625 - 3e-6 * torch.arange(-20, 40)[:, None]  # around a bfloat16 boundary
+    catalog = ops.Catalog((cosine * query + (1 - cosine**2).sqrt() * aside).float())
+    expected = ops.cosine_topk(query.float(), catalog, 10)
+    assert expected[1].tolist() == [list(range(10))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, ids = ops.cosine_topk(query.float(), catalog, 10)
+    assert torch.equal(ids, expected[1]) and torch.equal(scores, expected[0])
+
+
+def test_seen_lists_on_another_device():
+    seen = ops.SeenLists.from_lists([[0], [3]])
+    seen.ids = seen.ids.to("meta")
+    with refused(ValueError, "seen"):
+        ops.cosine_topk(Q, CATALOG, 2, seen=seen, seen_rows=ROWS)

@@ -53,7 +53,8 @@ def _cosine_topk(
 
     def search(rows: Tensor, candidates: int):
         """Fill in the lists of some queries from this many candidates each."""
-        approximate = unit[rows] @ scan.T
+        with torch.autocast(queries.device.type, enabled=False):  # `error` is of float32 products
+            approximate = unit[rows] @ scan.T
         if bonus is not None:
             approximate *= bonus.float()[rows][:, groups]
         approximate.masked_fill_(~eligible, -torch.inf)
@@ -142,7 +143,8 @@ def cosine_topk(
             catalog's `num_groups`.
         pi: weight of the bonus, 0 or more.
         seen: lists of items to leave out. seen_rows: [B] int64 row of `seen` for each query,
-            -1 for none. Given together.
+            -1 for none. Given together. A row beyond the lists raises IndexError on the CPU
+            and is not checked on a GPU.
 
     Returns:
         scores [B, k] float32 descending, ids [B, k] int64. Where fewer than k items are
@@ -170,6 +172,7 @@ def cosine_topk(
         if not isinstance(seen, SeenLists):
             raise TypeError(f"seen: expected an ops.SeenLists, got {type(seen).__name__}")
         check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
+        check("seen", seen.ids, ("M",), (torch.int64,), like=queries)
         if seen.bound > len(catalog):
             raise ValueError(f"seen: expected ids below {len(catalog)}, got {seen.bound - 1}")
     arguments = (
