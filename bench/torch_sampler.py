@@ -6,7 +6,8 @@
 This is the baseline a fused sampler has to beat. Everything independent of x leaves the loop (the
 condition's and the time's share of the first layer), guidance is folded into the hidden layer,
 (1+w) W2 g(a_c) - w W2 g(a_0) = W2 ((1+w) g(a_c) - w g(a_0)), and the noise is drawn and scaled in
-bulk. The state stays in fp32 when the weights are bf16.
+bulk. The state stays in fp32 when the weights are bf16. Beside it stands the package's own plan,
+which does none of this and draws its counter-based noise with plain integer arithmetic.
 """
 
 import sys
@@ -133,21 +134,22 @@ def main() -> bool:
         return TorchSampler.from_plan(denoiser, plan, asked.guidance, dtype, compiled)
 
     exact = sampler(torch.float64)
-    samplers = {"bf16": sampler(torch.bfloat16, asked.compile)}
+    samplers = {("torch", "bf16"): sampler(torch.bfloat16, asked.compile)}
     if not asked.compile:
-        samplers["fp32"] = sampler(torch.float32)
+        samplers["torch", "fp32"] = sampler(torch.float32)
+        samplers["plan", "fp32"] = plan
     right = True
     for batch in asked.batches:
         condition = torch.randn(batch, asked.dim, device=device)
         given = torch.randn(asked.steps, batch, asked.dim, device=device)
         with torch.no_grad():  # rows are independent: a few stand for all
             reference = exact(condition[:8].double(), given[:, :8].double())
-        for dtype, run in samplers.items():
+        for (name, dtype), run in samplers.items():
             for source in ("given", "drawn"):
                 noise = given if source == "given" else None
 
                 def call(run=run, noise=noise, condition=condition):
-                    return run(condition, noise)
+                    return run(condition, noise=noise)
 
                 replay, output = capture(call, device)
                 timing = measure(replay, device)
@@ -162,6 +164,7 @@ def main() -> bool:
                     right &= figures["verified"]
                 report(
                     "torch_sampler",
+                    sampler=name,
                     mode="compile" if asked.compile else "eager",
                     batch=batch,
                     dim=asked.dim,
