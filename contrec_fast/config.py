@@ -8,7 +8,11 @@ from pathlib import Path
 
 import yaml
 
+from contrec_fast.models.denoisers import DENOISERS
+from contrec_fast.models.schedules import METHODS, SCHEDULES
+
 MAY_BE_ZERO = ("seed", "epochs", "layers", "warmup_steps")  # other whole numbers are 1 or more
+NAMES = {"denoiser": tuple(DENOISERS), "schedule": SCHEDULES, "method": METHODS}
 SHARES = ("dropout", "mask_ratio", "condition_dropout")
 
 
@@ -130,8 +134,8 @@ def load_config(path: str | Path) -> Config:
     """Read a YAML file; what it leaves out keeps its default.
 
     Raises:
-        ValueError: not YAML, an unknown key (the nearest known one is named) or a value of
-        another type or out of range, in one line that names the file and the key.
+        ValueError: not YAML, an unknown key (the nearest known one is named), or a value of
+        another type, unknown or out of range, in one line that names the file and the key.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -166,7 +170,7 @@ def _build(cls, tree, where: str):
 
 
 def _number_or_name(kind, key: str, value, where: str):
-    """A single setting, checked for its type and range."""
+    """A single setting, checked for its type and for its range or the names it may have."""
     if kind is float and type(value) in (int, str):
         try:
             value = float(value)  # YAML takes 1e-3, which has no point, for a string
@@ -174,6 +178,8 @@ def _number_or_name(kind, key: str, value, where: str):
             pass
     if type(value) is not kind:
         raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
+    if key in NAMES and value not in NAMES[key]:
+        raise ValueError(f"{where}: expected one of {', '.join(NAMES[key])}, got {value!r}")
     if kind is int and value < (least := 0 if key in MAY_BE_ZERO else 1):
         raise ValueError(f"{where}: expected at least {least}, got {value}")
     if kind is float and not 0 <= value < math.inf:

@@ -185,7 +185,7 @@ def test_train_refuses_an_existing_folder(train_arguments, tmp_path, monkeypatch
     "text, words",
     [
         ("training: {epoch: 3}", ["'epochs'", "'epoch'"]),
-        ("head: {denoiser: unet}", ["head.denoiser", "'unet'"]),
+        ("head: {denoiser: unet}", ["head: denoiser", "'unet'"]),
         ("head: {schedule: cubic}", ["schedule", "'cubic'"]),
         ("backbone: {path: /no/such/model}", ["/no/such/model", "config.json"]),
         ("- a", ["mapping"]),
