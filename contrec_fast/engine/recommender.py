@@ -30,8 +30,8 @@ class Recommendations:
 class Recommender:
     """Serves a trained model for the users of a dataset.
 
-    The sampler's noise is keyed by the user's original id, so a user's list depends neither on
-    the batch nor on the row it has in the dataset.
+    The sampler's noise is keyed by the user's original id: it depends neither on the batch nor on
+    the row a user has in the dataset. (The language model rounds differently in other batches.)
 
     Args:
         seed: key of the sampler's noise.

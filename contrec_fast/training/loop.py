@@ -85,7 +85,8 @@ def _train_model(model: ContRec, dataset: Dataset, config: Config, progress) -> 
             losses = model.losses(batch)
             loss = sum(weights[name] * value for name, value in losses.items())
             if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"epoch {epoch + 1}: expected a finite loss, got {loss}")
+                got = loss.item()
+                raise FloatingPointError(f"epoch {epoch + 1}: expected a finite loss, got {got}")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, t.clip_norm)
