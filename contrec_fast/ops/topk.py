@@ -70,10 +70,13 @@ def _cosine_topk(
         usable = best > -torch.inf
         found = found.masked_fill(~usable, count).sort(dim=1).values
         usable, found = found < count, found.clamp(max=count - 1)
-        products = queries[rows].double()[:, None] * vectors[found].double()
+        exact_queries = queries[rows].double()[:, None]
+        width = max(1, RESCORE_ELEMENTS // (max(1, len(rows)) * dim))
+        parts = found.split(width, dim=1)
+        dots = [fixed_order_sum(exact_queries * vectors[part].double()) for part in parts]
         # A zero query has no direction: all of its scores are 0, not 0 / 0.
         scale = query_norms[rows][:, None] * norms[found]
-        exact = fixed_order_sum(products) / scale.masked_fill(scale == 0, 1.0)
+        exact = torch.cat(dots, dim=1) / scale.masked_fill(scale == 0, 1.0)
         if bonus is not None:
             exact = exact * bonus[rows].gather(1, groups[found] % bonus.shape[1])
         exact = exact.float().masked_fill(~usable, -torch.inf)
@@ -86,7 +89,7 @@ def _cosine_topk(
             in_chunks(rows[~certain], min(count, 8 * candidates))
 
     def in_chunks(rows: Tensor, candidates: int):
-        chunk = min(SCAN_ELEMENTS // count, RESCORE_ELEMENTS // (candidates * dim))
+        chunk = min(SCAN_ELEMENTS // count, RESCORE_ELEMENTS // dim)
         for part in rows.split(max(1, chunk)):
             search(part, candidates)
 
