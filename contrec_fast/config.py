@@ -83,13 +83,13 @@ class HeadConfig:
 class TrainingConfig:
     """The main training loop (`training.loop`)."""
 
-    epochs: int = 15
+    epochs: int = 25
     batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 50
     clip_norm: float = 1.0
-    dropout: float = 0.2
+    dropout: float = 0.3
     diffusion_weight: float = 1.0
     dispersive_weight: float = 0.1
     dispersive_tau: float = 0.5
@@ -102,7 +102,7 @@ class TrainingConfig:
 class RetrievalConfig:
     """Hybrid retrieval: the weight pi of the bonus for items that the text names."""
 
-    bonus: float = 0.05
+    bonus: float = 0.1
 
 
 @dataclass
@@ -126,7 +126,7 @@ def demo_config() -> Config:
     config.tokenizer.epochs = 100
     config.backbone.vocabulary = 1000
     config.training.batch_size = 16
-    config.training.epochs = 20
+    config.training.epochs = 25
     return config
 
 
