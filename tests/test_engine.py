@@ -106,8 +106,8 @@ def test_vectors_and_scores_are_those_of_the_parts(recommender):
     with torch.inference_mode():
         vectors = plan(condition, seed=0, user_ids=keys)
         scores = F.cosine_similarity(vectors[:, None], model.item_vectors[None], dim=-1)
-        scores *= 1 + 0.05 * recommender.matcher.match(texts)[:, recommender.matcher.groups]
-    assert model.config.retrieval.bonus == 0.05
+        matched = recommender.matcher.match(texts)[:, recommender.matcher.groups]
+        scores *= 1 + model.config.retrieval.bonus * matched
     for line, row in enumerate(rows):
         seen = set(shop.histories[row].tolist())
         order = [i for i in scores[line].argsort(descending=True).tolist() if i not in seen]
@@ -145,7 +145,7 @@ def test_items_that_the_text_names_get_the_bonus(recommender, monkeypatch):
         assert lists.matched[user, : len(listed)].tolist() == expected
         before = dict(zip(plain.ids[user].tolist(), plain.scores[user].tolist()))
         for item, score, matched in zip(listed, lists.scores[user], expected):
-            factor = 1.05 if matched else 1.0
+            factor = 1 + recommender.model.config.retrieval.bonus * matched
             assert score == pytest.approx(before[item] * factor, abs=1e-4)
     assert lists.matched.any()
 

@@ -13,6 +13,7 @@ from contrec_fast.environment import default_device
 from contrec_fast.models.backbone import load_backbone, make_tiny_backbone
 from contrec_fast.models.contrec import ContRec, make_tokenizer
 from contrec_fast.models.lightgcn import whiten
+from contrec_fast.models.schedules import respaced_indices
 from contrec_fast.training.pretraining import train_lightgcn, train_tokenizer
 
 
@@ -24,15 +25,17 @@ def train(dataset: Dataset, config: Config, progress) -> ContRec:
         stage calls after every unit of work with the figures to show.
 
     Raises:
-        ValueError: no user has two items. FloatingPointError: a loss is not finite.
+        ValueError: no user has two items, or the configuration does not fit together.
+        FloatingPointError: a loss is not finite.
     """
     torch.manual_seed(config.seed)
     if not any(len(history) > 1 for history in dataset.histories):
         raise ValueError("histories: expected a user with at least two items, found none")
+    respaced_indices(config.head.timesteps, config.head.steps)  # refused now, not after pretraining
+    backbone, text_tokenizer = _backbone(dataset, config)
     advance = progress.stage("LightGCN", config.lightgcn.epochs)
     vectors = whiten(train_lightgcn(dataset, config.lightgcn, advance))
 
-    backbone, text_tokenizer = _backbone(dataset, config)
     tokenizer = make_tokenizer(config, vectors.shape[1], backbone.config.hidden_size)
     advance = progress.stage("Tokenizer", config.tokenizer.epochs)
     explained = train_tokenizer(tokenizer, vectors, config.tokenizer, advance)
