@@ -106,7 +106,8 @@ def recommend(
         recommender = _load(run)
         dataset = recommender.dataset
         row_of = {user: row for row, user in enumerate(dataset.user_ids)}
-        wanted = [user for part in users for user in part.split(",")]
+        # An id may itself hold a comma.
+        wanted = [u for part in users for u in ([part] if part in row_of else part.split(","))]
         unknown = [user for user in wanted if user not in row_of]
         if unknown:
             raise ValueError(f"users: expected users of the run's data, got {unknown[0]!r}")
