@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,8 @@ def _one_line_errors():
     """Bad input ends the program with one line and exit status 1."""
     try:
         yield
+    except BrokenPipeError:  # whoever reads the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"contrec: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -66,7 +69,9 @@ def demo(
 def train(
     data: Annotated[Path, typer.Argument(help="Folder with train.txt and test.txt.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    config: Annotated[Path | None, typer.Option(help="YAML file; see config.py.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file; any RUN/config.yaml is one.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the configured seed.")] = None,
     epochs: Annotated[int | None, typer.Option(min=0, help="Instead of training.epochs.")] = None,
     holdout: Annotated[
@@ -107,7 +112,11 @@ def recommend(
         dataset = recommender.dataset
         row_of = {user: row for row, user in enumerate(dataset.user_ids)}
         # An id may itself hold a comma.
-        wanted = [u for part in users for u in ([part] if part in row_of else part.split(","))]
+        wanted = [
+            user.strip()
+            for part in users
+            for user in ([part] if part in row_of else part.split(","))
+        ]
         unknown = [user for user in wanted if user not in row_of]
         if unknown:
             raise ValueError(f"users: expected users of the run's data, got {unknown[0]!r}")
@@ -121,6 +130,7 @@ def recommend(
                     f"{lists.scores[i, rank]:.6f}", rank + 1, lists.matched[i, rank],
                     lists.texts[i],
                 ])  # fmt: skip
+        sys.stdout.flush()  # a closed pipe shows here, not when the program ends
 
 
 @app.command()
@@ -144,6 +154,8 @@ def _train(data: Path, out: Path, config, holdout: str) -> None:
     dataset = read_folder(data, holdout)
     dataset = dataset.of_users(np.flatnonzero(dataset.targets >= 0))
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    # Ended from outside, it cleans up as after an error.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     partial.mkdir(parents=True)  # now, so that a place that cannot be written to costs no time
     try:
         with ProgressBars() as progress:
@@ -151,6 +163,7 @@ def _train(data: Path, out: Path, config, holdout: str) -> None:
         model.save_pretrained(partial)
         write_folder(dataset, partial / "data")
         os.rename(partial, out)
+        progress.say(f"wrote {out}")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -199,6 +212,6 @@ def _evaluate(recommender, run: Path) -> None:
     Console().print(table)
     counts = metrics["targets"]
     print(
-        f"{counts['total']} targets; {counts['in_history']} are in the user's history and "
-        f"{counts['unseen']} in no history: no list can hold the former"
+        f"{counts['total']} targets. Out of reach, being in the user's own history: "
+        f"{counts['in_history']}.\nIn nobody's history: {counts['unseen']}."
     )

@@ -139,8 +139,10 @@ def load_config(path: str | Path) -> Config:
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a readable YAML file, got {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: expected a readable YAML file: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
     return _build(Config, {} if tree is None else tree, str(path))
@@ -159,8 +161,9 @@ def _build(cls, tree, where: str):
     values = {}
     for key, value in tree.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0)[0]
-            raise ValueError(f"{where}: expected a known key such as {near!r}, got {key!r}")
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5) or fields
+            names = ", ".join(repr(name) for name in near)
+            raise ValueError(f"{where}: expected a known key such as {names}, got {key!r}")
         kind = fields[key].type
         if dataclasses.is_dataclass(kind):
             values[key] = _build(kind, value, f"{where}: {key}")

@@ -3,6 +3,8 @@
 The package works without it; an installation without a C++ compiler leaves it out.
 """
 
+from pathlib import Path
+
 # Before the extension: on Linux it then shares the OpenMP threads that torch brings.
 import torch
 from torch import Tensor
@@ -11,7 +13,10 @@ try:
     import contrec_fast._C as _C
 except ModuleNotFoundError as error:
     _C = None
-    _missing = f"{error}: not built; install contrec-fast where a C++17 compiler is found"
+    _missing = (
+        f"{error}: not built in {Path(__file__).parent}; "
+        "install contrec-fast where a C++17 compiler is found"
+    )
 except ImportError as error:  # built, but it cannot be loaded: another Python, a missing library
     _C = None
     _missing = str(error)

@@ -4,6 +4,7 @@ import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 
 class ProgressBars:
@@ -15,11 +16,16 @@ class ProgressBars:
     def __init__(self):
         self._console = Console(stderr=True, highlight=False)
         self._bars = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=10)),
+            BarColumn(bar_width=10, table_column=Column(min_width=10)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+            # What gives way where the terminal is narrow.
+            TextColumn(
+                "{task.fields[figures]}",
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
+            expand=True,
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -49,7 +55,7 @@ class ProgressBars:
             done += 1
             text = "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
             self._bars.update(task, advance=1, figures=text)
-            if not self._console.is_terminal and (done % max(total // 10, 1) == 0):
-                print(f"{name} {done}/{total}  {text}", file=sys.stderr, flush=True)
+            if not self._console.is_terminal and (done % max(total // 10, 1) == 0 or done == total):
+                print(f"{name} {done}/{total}  {text}".rstrip(), file=sys.stderr, flush=True)
 
         return advance

@@ -80,6 +80,8 @@ def test_a_run_is_complete_and_nothing_is_left_beside_it(world):
     plain = world / "plain"
     plain.mkdir()
     assert stat.S_IMODE(run.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in files}) == 1
 
 
 def test_metrics_are_those_of_the_protocol(world):
@@ -149,6 +151,22 @@ app()
     header, *rows = csv.reader(io.StringIO(process.stdout))
     assert header == COLUMNS and len(rows) == 10
     assert {row[0] for row in rows} == {"user-0002"}
+
+
+def test_recommend_ends_quietly_when_its_output_is_closed(world, run_python):
+    process = run_python(
+        f"""
+import os, sys
+from contrec_fast.cli import app
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, sys.stdout.fileno())
+sys.argv = ["contrec", "recommend", {str(world / "deep" / "run")!r}, "--users", " user-0002 "]
+app()
+""",
+        OMP_NUM_THREADS="1",
+    )
+    assert process.stderr == ""
 
 
 def test_the_command_line_overrides_the_file(train_arguments, tmp_path):

@@ -137,7 +137,7 @@ def test_refuses_files_that_cannot_be_read(tmp_path):
         load_config(path)
     assert str(path) in str(caught.value)
     path.write_bytes(b"\xff\xfe\x00 not text")
-    with pytest.raises(ValueError, match="readable YAML file"):
+    with pytest.raises(ValueError, match="config.yaml: expected UTF-8 text"):
         load_config(path)
     with pytest.raises(ValueError, match="readable YAML file"):
         load_config(tmp_path)

@@ -366,3 +366,25 @@ def test_head_holds_no_more_than_its_denoiser():
     head = make_head(**HEADS[2])
     expected = {f"denoiser.{name}" for name in make_denoiser("adaln", 6).state_dict()}
     assert set(head.state_dict()) == expected
+
+
+@pytest.mark.parametrize("loss", ["bpr", "dispersive"])
+def test_gradients_are_the_same_bits_with_several_threads(loss):
+    """Many rows share a gradient row: an accumulation in the order of threads would show."""
+    threads = torch.get_num_threads()
+    pairs = np.stack([np.arange(4000) % 200, np.arange(4000) % 37], axis=1)
+    model = LightGCN(np.unique(pairs, axis=0), 200, 37, 64, 2)
+    user, item, negative = torch.randint(37, (3, 4096))
+    z = torch.randn(256, 64, requires_grad=True)
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(20):
+            if loss == "bpr":
+                value, leaf = model.bpr_loss(user, item, negative, 1e-4), model.embedding
+            else:
+                value, leaf = dispersive_loss(z, 0.5), z
+            found.append(torch.autograd.grad(value, leaf)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contrec_fast import ops
@@ -113,8 +113,9 @@ class ContRec(nn.Module):
             for name, tensor in self.state_dict().items()
             if not name.startswith("backbone.")
         }
-        # `save_file` would make it readable by its owner only.
-        (path / "model.safetensors").write_bytes(save(state))
+        save_file(state, path / "model.safetensors")
+        for file in path.rglob("*.safetensors"):  # which come readable by their owner only
+            file.chmod((path / "config.yaml").stat().st_mode)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ContRec":
@@ -124,6 +125,8 @@ class ContRec(nn.Module):
             ValueError: a file is missing or does not fit, in one line that names it.
         """
         path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"{path}: expected the folder of a trained model, found none")
         for name in ("config.yaml", "model.safetensors", "backbone"):
             if not (path / name).exists():
                 raise ValueError(f"{path}: expected a trained model, found no {name}")

@@ -38,8 +38,10 @@ class LightGCN(nn.Module):
     def bpr_loss(self, user: Tensor, item: Tensor, negative: Tensor, decay: float) -> Tensor:
         """Bayesian personalised ranking plus L2 on the raw embeddings of a batch of triples."""
         users, items = self()
-        margin = (users[user] * (items[item] - items[negative])).sum(-1)
-        raw = self.embedding[torch.cat([user, item + self.users, negative + self.users])]
+        # F.embedding: the gradient of plain indexing depends on how threads interleave.
+        pick = F.embedding
+        margin = (pick(user, users) * (pick(item, items) - pick(negative, items))).sum(-1)
+        raw = pick(torch.cat([user, item + self.users, negative + self.users]), self.embedding)
         return -F.logsigmoid(margin).mean() + decay * raw.square().sum() / (2 * len(user))
 
 

@@ -15,5 +15,6 @@ def dispersive_loss(z: Tensor, tau: float) -> Tensor:
     if len(z) < 2:
         return z.new_zeros(())
     row, column = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
-    distance = (z[row] - z[column]).square().mean(-1)
+    # index_select: the gradient of plain indexing depends on how threads interleave.
+    distance = (z.index_select(0, row) - z.index_select(0, column)).square().mean(-1)
     return torch.logsumexp(-distance / tau, dim=0) - math.log(len(distance))
