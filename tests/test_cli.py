@@ -4,8 +4,11 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
+import signal
 import stat
+import time
 
 import pytest
 import yaml
@@ -151,6 +154,18 @@ app()
     header, *rows = csv.reader(io.StringIO(process.stdout))
     assert header == COLUMNS and len(rows) == 10
     assert {row[0] for row in rows} == {"user-0002"}
+
+
+def test_a_user_id_may_hold_a_comma(world, tmp_path):
+    run = shutil.copytree(world / "deep" / "run", tmp_path / "run")
+    users = (run / "data" / "user_list.txt").read_text()
+    assert "user-0002" in users
+    (run / "data" / "user_list.txt").write_text(users.replace("user-0002", "a,b"))
+    result = succeeded(
+        "recommend", run, "--users", "a,b", "--users", "user-0001,user-0003", "--k", 1
+    )
+    _, *rows = csv.reader(io.StringIO(result.stdout))
+    assert [row[0] for row in rows] == ["a,b", "user-0001", "user-0003"]
 
 
 def test_recommend_ends_quietly_when_its_output_is_closed(world, run_python):
@@ -300,6 +315,21 @@ def test_an_interruption_while_saving_leaves_nothing(train_arguments, tmp_path, 
 
     monkeypatch.setattr(data, "write_folder", fail)
     assert contrec(*train_arguments, "--epochs", 0).exit_code != 0
+    assert names(tmp_path) == set()
+
+
+def test_a_run_that_is_ended_from_outside_leaves_nothing(train_arguments, tmp_path, monkeypatch):
+    def end(dataset, path):
+        assert names(path.parent)  # the model is there already
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # which the signal interrupts
+
+    monkeypatch.setattr(data, "write_folder", end)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert contrec(*train_arguments, "--epochs", 0).exit_code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert names(tmp_path) == set()
 
 

@@ -84,6 +84,7 @@ def test_instances_share_nothing():
         ("training: {learning_rat: 1.0}", ["training", "'learning_rate'", "'learning_rat'"]),
         ("head: {stepz: 3}", ["head", "'steps'", "'stepz'"]),
         ("3: 4", ["known key", "3"]),
+        ("qqq: 1", ["'seed', 'lightgcn', 'tokenizer'", "'retrieval'", "'qqq'"]),  # nothing near
         ("training: {epochs: many}", ["training: epochs", "int", "'many'"]),
         ("training: {epochs: 2.0}", ["training: epochs", "int", "2.0"]),
         ("training: {epochs: true}", ["training: epochs", "int", "True"]),
