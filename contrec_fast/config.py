@@ -9,11 +9,40 @@ from pathlib import Path
 import yaml
 
 from contrec_fast.models.denoisers import DENOISERS
-from contrec_fast.models.schedules import METHODS, SCHEDULES
+from contrec_fast.models.schedules import METHODS, PREDICTIONS, SCHEDULES
 
-MAY_BE_ZERO = ("seed", "epochs", "layers", "warmup_steps")  # other whole numbers are 1 or more
-NAMES = {"denoiser": tuple(DENOISERS), "schedule": SCHEDULES, "method": METHODS}
-SHARES = ("dropout", "mask_ratio", "condition_dropout")
+# Other whole numbers are 1 or more.
+MAY_BE_ZERO = ("seed", "core", "epochs", "layers", "lora_rank", "patience", "warmup_steps")
+NAMES = {
+    "holdout": ("test", "validation"),
+    "kind": ("sigma-vae", "residual-quantizer"),
+    "text": ("full", "response", "none"),
+    "denoiser": tuple(DENOISERS),
+    "schedule": SCHEDULES,
+    "prediction": PREDICTIONS,
+    "method": METHODS,
+    "space": ("item", "tokenizer"),
+    "source": ("hidden", "response"),
+    "precision": ("fp32", "bf16"),
+}
+SHARES = ("dropout", "mask_ratio", "condition_dropout", "lora_dropout")
+
+
+@dataclass
+class DataConfig:
+    """What is read of the data (`data.read_data`).
+
+    items: a table of titles and categories beside CSV or Parquet interactions; "" for the file
+    beside them, if there is one. holdout: the target is each user's last item ("test") or, with
+    that one left out, the one before it ("validation"). core: users and items with fewer
+    interactions are dropped, again and again until none is left. shuffle_ties: interactions of a
+    user at the same time in random order (by the seed) instead of the file's.
+    """
+
+    items: str = ""
+    holdout: str = "test"
+    core: int = 0
+    shuffle_ties: bool = False
 
 
 @dataclass
@@ -30,9 +59,12 @@ class LightGCNConfig:
 
 @dataclass
 class TokenizerConfig:
-    """The sigma-VAE tokenizer (`models.tokenizer`)."""
+    """Item vectors to continuous tokens (`models.tokenizer`) or, as the ablation, to the
+    embeddings of discrete codes (`models.quantizer`). codes: size of each of its codebooks."""
 
+    kind: str = "sigma-vae"
     tokens: int = 2
+    codes: int = 64
     epochs: int = 150
     learning_rate: float = 1e-3
     batch_size: int = 256
@@ -45,19 +77,33 @@ class TokenizerConfig:
 
 @dataclass
 class BackboneConfig:
-    """The language model: a model folder, or "tiny" to make one from the sizes below."""
+    """The language model: a model folder, or "tiny" to make one from the sizes below.
+
+    lora_rank: 0 trains all weights; otherwise low-rank adapters of that rank on all linear layers.
+    """
 
     path: str = "tiny"
     hidden: int = 64
     layers: int = 2
     heads: int = 2
     vocabulary: int = 2000
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
 
 
 @dataclass
 class PromptConfig:
-    """What the language model reads and writes (`data.prompts`)."""
+    """What the language model reads and writes (`data.prompts`).
 
+    text: "full", "response" (titles of the history are left out) or "none" (continuous tokens
+    only; nothing is written). templates: how many of the ten wordings training varies over.
+    user_token: start with a token of what the user chose before the items that are shown.
+    """
+
+    text: str = "full"
+    templates: int = 10
+    user_token: bool = False
     history: int = 20
     title_length: int = 50
     response_tokens: int = 40
@@ -65,8 +111,17 @@ class PromptConfig:
 
 @dataclass
 class HeadConfig:
-    """The diffusion head. Its sampler is the one that training unrolls."""
+    """The diffusion head. Its sampler is the one that training unrolls.
 
+    space: what is diffused, item vectors or their continuous tokens, which are then decoded.
+    source: conditions come from hidden states of the history, or from the response's token
+    embeddings. bag: conditions from hidden states also see the mean of the whole history.
+    """
+
+    space: str = "item"
+    source: str = "hidden"
+    bag: bool = True
+    prediction: str = "x0"
     denoiser: str = "adaln"
     width: int = 128
     depth: int = 3
@@ -81,9 +136,19 @@ class HeadConfig:
 
 @dataclass
 class TrainingConfig:
-    """The main training loop (`training.loop`)."""
+    """The main training loop (`training.loop`).
+
+    patience: 0 trains `epochs`; otherwise the best epoch by NDCG@10 on each user's last training
+    item is looked for first, until it has not improved for that many epochs, and the model is
+    then trained anew, on everything, for as many. train_items: item vectors learn, too.
+    train_tokens: the tokenizer learns on. Weights of losses: 0 leaves one out.
+    """
 
     epochs: int = 25
+    patience: int = 0
+    precision: str = "fp32"
+    train_items: bool = True
+    train_tokens: bool = True
     batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
@@ -93,6 +158,8 @@ class TrainingConfig:
     diffusion_weight: float = 1.0
     dispersive_weight: float = 0.1
     dispersive_tau: float = 0.5
+    contrastive_weight: float = 0.0
+    bpr_weight: float = 0.0
     ranking_weight: float = 1.0
     ranking_temperature: float = 0.1
     text_weight: float = 1.0
@@ -100,9 +167,15 @@ class TrainingConfig:
 
 @dataclass
 class RetrievalConfig:
-    """Hybrid retrieval: the weight pi of the bonus for items that the text names."""
+    """Hybrid retrieval: the weight pi of the bonus for items whose category the text names.
+
+    draws: vectors per user; an item's score is its best one. filter_seen: leave out the items of
+    the user's history.
+    """
 
     bonus: float = 0.1
+    draws: int = 1
+    filter_seen: bool = True
 
 
 @dataclass
@@ -110,6 +183,7 @@ class Config:
     """Everything a run depends on besides its data."""
 
     seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
     lightgcn: LightGCNConfig = field(default_factory=LightGCNConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SCHEDULES = ("exp",)
+PREDICTIONS = ("x0",)
 METHODS = ("ddpm", "ddim")
 
 
