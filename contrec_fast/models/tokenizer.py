@@ -78,3 +78,70 @@ def _redundancy(codes: Tensor) -> Tensor:
             off = correlation.square().sum() - diagonal.square().sum()
             total = total + ((diagonal - 1).square().sum() + 0.005 * off) / hidden
     return total / max(tokens * (tokens - 1) // 2, 1)
+
+
+@torch.no_grad()
+def collapse_report(tokens: Tensor, vectors: Tensor, reconstruction: Tensor) -> dict[str, float]:
+    """Whether the tokens of N different items still tell them apart, in five figures.
+
+    Args:
+        tokens: [N, K, H]. vectors: [N, D], what they were made of. reconstruction: [N, D], what
+        can be made of them.
+
+    Returns:
+        `explained`: 1 - mean squared error / variance of the vectors; 0 where these are equal.
+        `rank`, `rank_of_vectors`: effective rank (`effective_rank`) of tokens and of vectors.
+        `redundancy`: mean absolute correlation of the same dimension of two codes; 1 where no
+        dimension varies, 0 for a single code. The Barlow Twins term drives it towards 1.
+        `active`: share of the tokens' K H dimensions with a standard deviation above 1 % of the
+        mean one.
+    """
+    error = (reconstruction.double() - vectors.double()).square().mean()
+    variance = vectors.double().var(0, correction=0).mean()
+    flat = _centred(tokens.flatten(1))
+    deviation = flat.square().mean(0).sqrt()
+    return {
+        "explained": float(1 - error / variance) if variance > 0 else 0.0,
+        "rank": effective_rank(tokens.flatten(1)),
+        "rank_of_vectors": effective_rank(vectors),
+        "redundancy": _mean_correlation(flat.unflatten(1, tokens.shape[1:]), deviation),
+        "active": float((deviation > 0.01 * deviation.mean()).double().mean()),
+    }
+
+
+def effective_rank(x: Tensor) -> float:
+    """Effective rank of centred rows [N, dim], between 1 and min(N - 1, dim); 0 if all are equal.
+
+    The exponential of the entropy of the squared singular values' shares (after Roy & Vetterli,
+    EUSIPCO 2007, who take the singular values themselves): here, shares of variance.
+    """
+    x = _centred(x)
+    gram = x.T @ x if len(x) > x.shape[1] else x @ x.T
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    if not values.any():
+        return 0.0
+    return float(torch.special.entr(values / values.sum()).sum().exp())
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Rows [N, dim] less their mean, in float64; exactly 0 where they differ by rounding only."""
+    x = x.double()
+    centred = x - x.mean(0)
+    varies = centred.square().mean(0) > 1e-12 * x.square().mean(0)
+    return torch.where(varies, centred, 0.0)
+
+
+def _mean_correlation(codes: Tensor, deviation: Tensor) -> float:
+    """Mean absolute correlation of centred codes [N, K, H] of deviations [K H], pair by pair."""
+    tokens, hidden = codes.shape[1:]
+    if tokens < 2:
+        return 0.0
+    unit = torch.where(deviation > 0, codes.flatten(1) / deviation, 0.0).unflatten(
+        1, codes.shape[1:]
+    )
+    varies = (deviation > 0).view(tokens, hidden)
+    first, second = torch.triu_indices(tokens, tokens, offset=1, device=codes.device)
+    both = varies[first] & varies[second]
+    if not both.any():
+        return 1.0
+    return float((unit[:, first] * unit[:, second]).mean(0).abs()[both].mean())

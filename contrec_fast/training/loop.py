@@ -34,12 +34,12 @@ def train(dataset: Dataset, config: Config, progress) -> ContRec:
     respaced_indices(config.head.timesteps, config.head.steps)  # refused now, not after pretraining
     backbone, text_tokenizer = _backbone(dataset, config)
     advance = progress.stage("LightGCN", config.lightgcn.epochs)
-    vectors = whiten(train_lightgcn(dataset, config.lightgcn, advance))
+    vectors = whiten(train_lightgcn(dataset, config.lightgcn, advance)[1])
 
     tokenizer = make_tokenizer(config, vectors.shape[1], backbone.config.hidden_size)
     advance = progress.stage("Tokenizer", config.tokenizer.epochs)
-    explained = train_tokenizer(tokenizer, vectors, config.tokenizer, advance)
-    progress.say(f"tokenizer keeps {explained:.0%} of the variance of the item vectors")
+    report = train_tokenizer(tokenizer, vectors, config.tokenizer, advance)
+    progress.say(f"tokenizer keeps {report['explained']:.0%} of the variance of the item vectors")
     with torch.no_grad():
         tokens = tokenizer.encode(vectors)
         # Continuous tokens enter at the scale of the text embeddings beside them.
