@@ -180,7 +180,8 @@ def test_operator_of_sample(kind):
     for samples, noise in [(1, None), (2, None), (1, torch.randn(1, 3, 4, 6))]:
         arguments = (
             torch.randn(4, 6), torch.tensor(3), torch.arange(4), samples, noise, plan.weights,
-            plan.times, plan.coefficients, plan.noises, plan.description, 2.0, "auto",
+            plan.times, plan.coefficients, plan.noises, plan.multistep, plan.description, 2.0,
+            "auto",
         )  # fmt: skip
         torch.library.opcheck(torch.ops.contrec.sample.default, arguments, test_utils=CHECKS)
 

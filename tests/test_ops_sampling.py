@@ -113,9 +113,9 @@ def test_steps_and_coefficients(timesteps):
             assert all(abs(a - b) <= 1 for a, b in zip(indices, visited(timesteps, steps)))
             assert indices[0] == timesteps - 1 and (steps == 1 or indices[-1] == 0)
             assert all(a > b for a, b in zip(indices, indices[1:]))
-            assert plan.coefficients.shape == (steps, 3)
+            assert plan.coefficients.shape == (steps, 6)
             assert plan.coefficients.dtype == torch.float64
-            assert plan.coefficients[-1].tolist() == [1, 0, 0]
+            assert plan.coefficients[-1].tolist() == [1, 0, 0, 0, 0, 1]
             assert bool((plan.coefficients[:-1, 2] > 0).all()) == (method == "ddpm" or steps == 1)
     plan = ops.plan_sampling(make_denoiser("linear", 4), timesteps=timesteps)
     assert plan.timestep_indices.tolist() == list(range(timesteps))[::-1]
@@ -305,7 +305,7 @@ def test_folded_guidance_and_pre_activation_state(guidance):
     second, bias = denoiser.output.weight.detach(), denoiser.output.bias.detach()
     gelu = torch.nn.functional.gelu
     x, a = noise[0], noise[0] @ w_x.T
-    for i, (c_x0, c_x, sigma) in enumerate(plan.coefficients.tolist()):
+    for i, (c_x0, c_x, sigma) in enumerate(plan.coefficients[:, :3].tolist()):
         shared = plan.times[i] @ w_t.T + denoiser.hidden.bias.detach()
         user, null = condition @ w_h.T + shared, denoiser.null_condition.detach() @ w_h.T + shared
         added = torch.zeros_like(x) if i + 1 == steps else sigma * noise[i + 1]

@@ -46,7 +46,7 @@ def test_sampling_follows_the_plan_step_by_step(dtype, kind, users, dim, timeste
     x = expected = noise[0]
     null = denoiser.null_condition.detach().expand_as(condition)
     for place, index in enumerate(plan.timestep_indices.tolist()):
-        c_x0, c_x, sigma = plan.coefficients[place].tolist()
+        c_x0, c_x, sigma = plan.coefficients[place, :3].tolist()
         t = torch.full((users,), index)
         added = noise[place + 1] if index else None
         with torch.no_grad():

@@ -13,6 +13,7 @@ from contrec_fast.models.denoisers import Denoiser, LinearDenoiser
 from contrec_fast.models.schedules import (
     alpha_bars,
     count_noises,
+    is_multistep,
     respaced_indices,
     run_sampler,
     sampler_coefficients,
@@ -51,6 +52,7 @@ def _sample(
     times: Tensor,
     coefficients: Tensor,
     noises: int,
+    multistep: bool,
     description: str,
     guidance: float,
 ) -> Tensor:
@@ -59,8 +61,8 @@ def _sample(
     Args:
         condition: [B, D]. seed: int64 scalar. user_ids: [B] int64. noise: [S, steps, B, D].
         weights, description: the denoiser. times: [steps, D] time embeddings.
-        coefficients: [steps, 3] of `schedules.sampler_coefficients`. noises: how many the
-        chain takes.
+        coefficients: [steps, 6] of `schedules.sampler_coefficients`. noises: how many the
+        chain takes. multistep: whether a step uses the prediction of the one before.
 
     Returns:
         [S, B, D].
@@ -79,10 +81,10 @@ def _sample(
 
     condition_rows = as_rows(condition.expand(samples, batch, dim))
 
-    def predict_x0(x: Tensor, step: int) -> Tensor:
+    def network(x: Tensor, step: int) -> Tensor:
         return guided(description, weights, x, condition_rows, times[step], guidance)
 
-    x = run_sampler(predict_x0, coefficients, noises, noise_of)
+    x = run_sampler(network, coefficients, noises, noise_of, multistep)
     return x[:rows].reshape(samples, batch, dim)
 
 
@@ -97,13 +99,14 @@ def _registered(
     times: Tensor,
     coefficients: Tensor,
     noises: int,
+    multistep: bool,
     description: str,
     guidance: float,
     backend: str,
 ) -> Tensor:
     return resolve("sample", backend)(
         condition, seed, user_ids, samples, noise, weights, times, coefficients, noises,
-        description, guidance,
+        multistep, description, guidance,
     )  # fmt: skip
 
 
@@ -115,7 +118,7 @@ def _(condition, seed, user_ids, samples, *rest):
 class SamplingPlan(nn.Module):
     """What a sampler needs besides the users: frozen weights, time embeddings, coefficients.
 
-    Made by `plan_sampling`. Buffers: `coefficients` [steps, 3] float64, `timestep_indices`
+    Made by `plan_sampling`. Buffers: `coefficients` [steps, 6] float64, `timestep_indices`
     [steps] int64 and `times` [steps, D], all in the order in which steps are executed.
     """
 
@@ -127,6 +130,7 @@ class SamplingPlan(nn.Module):
         method: str,
         steps: int | None,
         guidance: float,
+        prediction: str,
     ):
         super().__init__()
         self.description, self.guidance, self.dim = describe(denoiser), guidance, denoiser.dim
@@ -135,11 +139,12 @@ class SamplingPlan(nn.Module):
         self._sources = tuple((p, _version(p)) for p in denoiser.parameters())
         device = denoiser.null_condition.device
         indices = respaced_indices(timesteps, steps)
-        coefficients = sampler_coefficients(alpha_bars(schedule, timesteps), indices, method)
+        alpha_bar = alpha_bars(schedule, timesteps)
+        coefficients = sampler_coefficients(alpha_bar, indices, method, prediction)
         with torch.no_grad():
             times = denoiser.time_embedding(indices.to(device))
         self.steps = len(indices)
-        self.noises = count_noises(coefficients)
+        self.noises, self.multistep = count_noises(coefficients), is_multistep(coefficients)
         self.register_buffer("timestep_indices", indices.to(device), persistent=False)
         self.register_buffer("coefficients", coefficients.to(device), persistent=False)
         self.register_buffer("times", times, persistent=False)
@@ -222,7 +227,8 @@ class SamplingPlan(nn.Module):
         else:
             arguments = (
                 condition, seed, user_ids, samples, noise, self.weights, self.times,
-                self.coefficients, self.noises, self.description, float(self.guidance),
+                self.coefficients, self.noises, self.multistep, self.description,
+                float(self.guidance),
             )  # fmt: skip
             if torch.compiler.is_compiling():
                 y = torch.ops.contrec.sample(*arguments, backend)
@@ -271,36 +277,38 @@ def linear_law(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The Gaussian that a linear denoiser's whole guided chain amounts to.
 
-    With `f(x, h, t) = W_x x + W_h h + W_t t + b` every step is affine in x, h and the noise,
-    so `y = M h + m + L z`, z standard normal. The last step returns its prediction, hence the
-    covariance `W_x S W_x^T` with S the covariance before it, and `L = W_x chol(S)`, which needs
-    no factor of the possibly singular product. Without ancestral noise, L is the matrix that
-    x_T passes through. Computed in float64.
+    With `f(x, h, t) = W_x x + W_h h + W_t t + b` every prediction x0_hat and every step is
+    affine in x, h and the noise, so `y = M h + m + L z`, z standard normal. The last step
+    returns its prediction, `x0_hat = A x + ...`, hence the covariance `A S A^T` with S the
+    covariance before it, and `L = A chol(S)`, which needs no factor of the possibly singular
+    product. Without ancestral noise, L is the matrix that x_T passes through. Computed in
+    float64.
 
     Args:
         weight: [D, 3D] on `[x, h, t]`. bias, null: [D]. times: [steps, D].
-        coefficients: [steps, 3]. guidance: w.
+        coefficients: [steps, 6]; ancestral noise or multistep, not both. guidance: w.
 
     Returns:
         M [D, D], m [D], L [D, D] in the dtype of `weight`.
     """
     dtype, dim = weight.dtype, len(bias)
     w_x, w_h, w_t = weight.double().split(dim, dim=1)
-    w_h_guided = (1 + guidance) * w_h
     constants = times.double() @ w_t.T + bias.double() - guidance * (w_h @ null.double())
     eye = torch.eye(dim, dtype=torch.float64, device=weight.device)
-    matrix, offset = torch.zeros_like(eye), torch.zeros_like(constants[0])
-    path, covariance = eye, eye
-    for (c_x0, c_x, sigma), constant in zip(coefficients.tolist()[:-1], constants):
-        step = c_x0 * w_x + c_x * eye
-        matrix = step @ matrix + c_x0 * w_h_guided
-        offset = step @ offset + c_x0 * constant
-        path = step @ path
+    # What depends on x_T, h and 1 in x, in f and in x0_hat: [D, 2D + 1] each.
+    x, x0 = torch.zeros(2, dim, 2 * dim + 1, dtype=torch.float64, device=weight.device)
+    x[:, :dim] = covariance = eye
+    for (c_x0, c_x, sigma, c_previous, p_x, p_f), constant in zip(coefficients.tolist(), constants):
+        f = torch.cat([torch.zeros_like(eye), (1 + guidance) * w_h, constant[:, None]], dim=1)
+        to_x0, before = p_x * eye + p_f * w_x, covariance
+        previous, x0 = x0, to_x0 @ x + p_f * f
+        x = c_x0 * x0 + c_x * x + c_previous * previous
+        step = c_x0 * to_x0 + c_x * eye
         covariance = step @ covariance @ step.T + sigma**2 * eye
-    deterministic = not bool((coefficients[:, 2] > 0).any())
-    factor = path if deterministic else torch.linalg.cholesky(covariance)
-    last = (w_x @ matrix + w_h_guided, w_x @ offset + constants[-1], w_x @ factor)
-    return tuple(tensor.to(dtype) for tensor in last)
+    path, matrix, offset = x.split([dim, dim, 1], dim=1)
+    ancestral = bool((coefficients[:, 2] > 0).any())
+    factor = to_x0 @ torch.linalg.cholesky(before) if ancestral else path
+    return tuple(tensor.to(dtype) for tensor in (matrix, offset[:, 0], factor))
 
 
 def _version(parameter: Tensor) -> tuple:
@@ -315,15 +323,18 @@ def plan_sampling(
     method: str = "ddpm",
     steps: int | None = None,
     guidance: float = 2.0,
+    prediction: str = "x0",
 ) -> SamplingPlan:
     """Prepare a sampler; call the plan with conditions to draw vectors.
 
     Args:
-        denoiser: LinearDenoiser, MLPDenoiser or AdaLNDenoiser, predicting x0.
-        schedule: "exp". timesteps: T, the steps of the training schedule.
-        method: "ddpm" (ancestral) or "ddim" (deterministic).
+        denoiser: LinearDenoiser, MLPDenoiser or AdaLNDenoiser.
+        schedule: "exp", "linear", "cosine" or "sqrt" (`models.schedules.alpha_bars`).
+        timesteps: T, the steps of the training schedule.
+        method: "ddpm" (ancestral), "ddim" or "dpm++" (deterministic; the latter of order 2).
         steps: how many of the T steps to visit, evenly spaced; all of them if not given.
         guidance: w in `(1 + w) f(x, h, t) - w f(x, null, t)`; 0 switches it off.
+        prediction: what the denoiser was trained to predict, "x0", "eps" or "v".
 
     Raises:
         TypeError, ValueError: an argument is unknown or out of range, in one line.
@@ -334,4 +345,4 @@ def plan_sampling(
         raise ValueError(f"steps: expected a whole number, got {steps!r}")
     if not isinstance(guidance, (int, float)) or not abs(guidance) < float("inf"):
         raise ValueError(f"guidance: expected a finite number, got {guidance!r}")
-    return SamplingPlan(denoiser, schedule, timesteps, method, steps, guidance)
+    return SamplingPlan(denoiser, schedule, timesteps, method, steps, guidance, prediction)
