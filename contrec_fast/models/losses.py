@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,3 +19,28 @@ def dispersive_loss(z: Tensor, tau: float) -> Tensor:
     # index_select: the gradient of plain indexing depends on how threads interleave.
     distance = (z.index_select(0, row) - z.index_select(0, column)).square().mean(-1)
     return torch.logsumexp(-distance / tau, dim=0) - math.log(len(distance))
+
+
+def contrastive_denoising_loss(error_positive: Tensor, error_negative: Tensor) -> Tensor:
+    """Mean of `-log sigmoid(error_negative - error_positive)` (DeftRec, arXiv 2504.12007v1).
+
+    Args:
+        error_positive, error_negative: [P] mean squared errors of denoising towards the target
+        and towards an item that is not. No rows give 0.
+    """
+    return _preferred(error_negative - error_positive)
+
+
+def bpr_loss(queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """Mean of `-log sigmoid((cos(q, p) - cos(q, n)) / temperature)` (BPR, arXiv 1205.2618).
+
+    Args:
+        queries, positives, negatives: [P, D]. No rows give 0.
+    """
+    better = F.cosine_similarity(queries, positives)
+    worse = F.cosine_similarity(queries, negatives)
+    return _preferred((better - worse) / temperature)
+
+
+def _preferred(margin: Tensor) -> Tensor:
+    return -F.logsigmoid(margin).sum() / max(len(margin), 1)
