@@ -45,9 +45,9 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of shop and training.")] = 0,
 ):
     """Train on a small made-up shop and show what is recommended, in a few minutes on a CPU."""
-    from contrec_fast.config import demo_config
     from contrec_fast.data import synthetic_shop, write_folder
     from contrec_fast.demo import show_users
+    from contrec_fast.presets import demo_config
 
     with _one_line_errors(), tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
@@ -57,7 +57,7 @@ def demo(
         config = demo_config()
         config.seed = seed
         run = out or Path(folder) / "run"
-        _train(Path(folder) / "shop", run, config, "test")
+        _train(Path(folder) / "shop", run, config)
         recommender = _load(run)
         _evaluate(recommender, run)
         show_users(recommender, users=3, k=5, console=Console())
@@ -67,28 +67,33 @@ def demo(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Argument(help="Folder with train.txt and test.txt.")],
+    data: Annotated[Path, typer.Argument(help="Folder or file of interactions.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as head.steps=5 seed=1."),
+    ] = None,
+    *,
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     config: Annotated[
         Path | None, typer.Option(help="YAML file; any RUN/config.yaml is one.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the configured seed.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Instead of training.epochs.")] = None,
-    holdout: Annotated[
-        str, typer.Option(help="Target: each user's last item of 'test' or 'validation'.")
-    ] = "test",
+    preset: Annotated[
+        str, typer.Option(help="Configuration to start from: default, contrec, deftrec, tokens.")
+    ] = "default",
 ):
-    """Train on DATA and write a run."""
-    from contrec_fast.config import Config, load_config
+    """Train on DATA and write a run.
+
+    A setting is that of KEY=VALUE, else of the --config file, else of the --preset.
+    """
+    from contrec_fast import presets
+    from contrec_fast.config import apply_overrides, load_config
 
     with _one_line_errors():
         _require_free(out)
-        chosen = load_config(config) if config else Config()
-        if seed is not None:
-            chosen.seed = seed
-        if epochs is not None:
-            chosen.training.epochs = epochs
-        _train(data, out, chosen, holdout)
+        chosen = presets.preset(preset)
+        if config:
+            chosen = load_config(config, chosen)
+        _train(data, out, apply_overrides(chosen, overrides or []))
 
 
 @app.command()
@@ -144,14 +149,14 @@ def info():
     Console().print(table)
 
 
-def _train(data: Path, out: Path, config, holdout: str) -> None:
+def _train(data: Path, out: Path, config) -> None:
     """Train and write the run as a whole: under a temporary name, renamed when complete."""
     from contrec_fast.data import read_folder, write_folder
     from contrec_fast.progress import ProgressBars
     from contrec_fast.training import train as train_model
 
     _quiet_transformers()
-    dataset = read_folder(data, holdout)
+    dataset = read_folder(data, config.data.holdout)
     dataset = dataset.of_users(np.flatnonzero(dataset.targets >= 0))
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     # Ended from outside, it cleans up as after an error.

@@ -1,8 +1,10 @@
 """The configuration tree: one dataclass per part, one YAML file for all of them."""
 
+import copy
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +88,7 @@ class BackboneConfig:
     hidden: int = 64
     layers: int = 2
     heads: int = 2
-    vocabulary: int = 2000
+    vocabulary: int = 3000
     lora_rank: int = 0
     lora_alpha: int = 32
     lora_dropout: float = 0.05
@@ -193,22 +195,22 @@ class Config:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
 
 
-def demo_config() -> Config:
-    """Sizes for the synthetic shop of `contrec demo`: minutes on two CPU cores."""
-    config = Config()
-    config.lightgcn.epochs = 40
-    config.tokenizer.epochs = 100
-    config.backbone.vocabulary = 1000
-    config.training.batch_size = 16
-    config.training.epochs = 25
-    return config
+def _sections() -> dict[str, type]:
+    return {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 
 
-def load_config(path: str | Path) -> Config:
-    """Read a YAML file; what it leaves out keeps its default.
+def settings() -> list[str]:
+    """The dotted name of every setting: "seed", "data.items", ..."""
+    parts = {name: dataclasses.fields(kind) for name, kind in _sections().items()}
+    top = [f.name for f in dataclasses.fields(Config) if f.name not in parts]
+    return top + [f"{name}.{f.name}" for name, fields in parts.items() for f in fields]
+
+
+def load_config(path: str | Path, base: Config | None = None) -> Config:
+    """Read a YAML file; what it leaves out is as in `base`, which by default is `Config()`.
 
     Raises:
-        ValueError: not YAML, an unknown key (the nearest known one is named), or a value of
+        ValueError: not YAML, an unknown key (the nearest known ones are named), or a value of
         another type, unknown or out of range, in one line that names the file and the key.
     """
     try:
@@ -219,7 +221,37 @@ def load_config(path: str | Path) -> Config:
         raise ValueError(f"{path}: expected UTF-8 text, got {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
-    return _build(Config, {} if tree is None else tree, str(path))
+    config = copy.deepcopy(base or Config())
+    try:
+        _set_all(config, {} if tree is None else tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A copy of a configuration with settings like "head.steps=5" changed; later ones win.
+
+    A value is read as YAML and checked as in a file: `data.items=""` needs its quotes.
+
+    Raises:
+        ValueError: no "=", an unknown key (the nearest known ones are named), or a value that a
+        file may not have either, in one line that starts with the key.
+    """
+    config = copy.deepcopy(config)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"expected KEY=VALUE such as head.steps=5, got {override!r}")
+        if key not in settings():
+            raise _unknown(key)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key}: expected YAML, got {' '.join(str(error).split())}") from None
+        section, _, name = key.rpartition(".")
+        _set_all(config, {section: {name: value}} if section else {name: value})
+    return config
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -227,23 +259,38 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
-def _build(cls, tree, where: str):
-    """An instance of a dataclass from a mapping, checked key by key."""
+def _set_all(part, tree, section: str = "") -> None:
+    """Set fields of a dataclass of the tree to those of a mapping, checked key by key."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{where}: expected a mapping, got {tree!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
+        raise ValueError(f"{section and section + ': '}expected a mapping, got {tree!r}")
+    kinds = {f.name: f.type for f in dataclasses.fields(part)}
     for key, value in tree.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5) or fields
-            names = ", ".join(repr(name) for name in near)
-            raise ValueError(f"{where}: expected a known key such as {names}, got {key!r}")
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
-            values[key] = _build(kind, value, f"{where}: {key}")
-            continue
-        values[key] = _number_or_name(kind, key, value, f"{where}: {key}")
-    return cls(**values)
+        name = f"{section}.{key}" if section else str(key)
+        if key not in kinds:
+            raise _unknown(name)
+        if dataclasses.is_dataclass(kinds[key]):
+            _set_all(getattr(part, key), value, name)
+        else:
+            setattr(part, key, _number_or_name(kinds[key], key, value, name))
+
+
+def _unknown(key: str) -> ValueError:
+    """The error for a dotted name that is none; it names what may have been meant."""
+    section, _, name = key.rpartition(".")
+    last = {setting: setting.rpartition(".")[2] for setting in settings()}
+    near = [setting for setting in last if last[setting] == name]  # in other sections
+    near = difflib.get_close_matches(key, near, n=1, cutoff=0.8) or near
+    if not near:
+        section, _, name = key.partition(".")
+        inside = [setting for setting in last if setting.startswith(f"{section}.")]
+        pool = {setting: last[setting] for setting in inside or last}
+        if not inside:
+            pool |= {part: part for part in _sections()}
+        close = difflib.get_close_matches(name or key, pool.values(), n=1, cutoff=0.6)
+        near = [setting for setting in pool if pool[setting] in close]
+        near = near or inside or [f.name for f in dataclasses.fields(Config)]
+    names = ", ".join(map(repr, near))
+    return ValueError(f"expected a known setting such as {names}, got {key!r}")
 
 
 def _number_or_name(kind, key: str, value, where: str):

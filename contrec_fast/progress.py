@@ -45,7 +45,8 @@ class ProgressBars:
         """Start a bar of `total` units.
 
         Returns:
-            `advance(**figures)`, to be called after each unit with the figures to show.
+            `advance(**figures)`, to be called after each unit with the figures to show: losses
+            and metrics by their name, `rate` in users/s, `learning_rate`.
         """
         task = self._bars.add_task(name, total=total, figures="")
         done = 0
@@ -53,9 +54,15 @@ class ProgressBars:
         def advance(**figures: float) -> None:
             nonlocal done
             done += 1
-            text = "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
+            text = "  ".join(_figure(name, value) for name, value in figures.items())
             self._bars.update(task, advance=1, figures=text)
             if not self._console.is_terminal and (done % max(total // 10, 1) == 0 or done == total):
                 print(f"{name} {done}/{total}  {text}".rstrip(), file=sys.stderr, flush=True)
 
         return advance
+
+
+def _figure(name: str, value: float) -> str:
+    if name == "rate":
+        return f"{value:,.0f} users/s"
+    return f"{name.replace('_', ' ')} {value:{'.1e' if name == 'learning_rate' else '.3f'}}"

@@ -185,9 +185,9 @@ app()
 
 
 def test_the_command_line_overrides_the_file(train_arguments, tmp_path):
-    succeeded(*train_arguments, "--seed", 9, "--epochs", 1, "--holdout", "validation")
+    succeeded(*train_arguments, "seed=9", "training.epochs=1", "data.holdout=validation")
     config = small_config()
-    config.seed, config.training.epochs = 9, 1
+    config.seed, config.training.epochs, config.data.holdout = 9, 1, "validation"
     assert load_config(tmp_path / "run" / "config.yaml") == config
     held_out = read_folder(tmp_path / "run" / "data").targets.tolist()
     assert held_out == [int(history[-1]) for history in small_shop().histories]
@@ -201,7 +201,7 @@ def test_users_without_a_target_are_left_out(train_arguments, tmp_path):
     other = data.Dataset(shop.items, shop.user_ids, histories, shop.targets)
     write_folder(other, tmp_path / "shop")
     train_arguments[1] = tmp_path / "shop"
-    succeeded(*train_arguments, "--epochs", 0, "--holdout", "validation")
+    succeeded(*train_arguments, "training.epochs=0", "data.holdout=validation")
     assert read_folder(tmp_path / "run" / "data").user_ids == shop.user_ids[5:]
 
 
@@ -217,8 +217,8 @@ def test_train_refuses_an_existing_folder(train_arguments, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("training: {epoch: 3}", ["'epochs'", "'epoch'"]),
-        ("head: {denoiser: unet}", ["head: denoiser", "'unet'"]),
+        ("training: {epoch: 3}", ["'training.epochs'", "'training.epoch'"]),
+        ("head: {denoiser: unet}", ["head.denoiser", "'unet'"]),
         ("head: {schedule: cubic}", ["schedule", "'cubic'"]),
         ("backbone: {path: /no/such/model}", ["/no/such/model", "config.json"]),
         ("head: {timesteps: 5, steps: 6}", ["steps", "5", "6"]),
@@ -238,10 +238,7 @@ def test_train_refuses_a_bad_configuration(world, train_arguments, tmp_path, tex
     assert names(tmp_path) == {"wrong.yaml"}
 
 
-def test_train_refuses_data_and_holdouts_that_are_not_there(train_arguments, tmp_path):
-    assert "holdout: expected 'test' or 'validation', got 'all'" in refused(
-        *train_arguments, "--holdout", "all"
-    )
+def test_train_refuses_data_that_is_not_there(train_arguments, tmp_path):
     train_arguments[1] = tmp_path / "absent"
     assert f"{tmp_path / 'absent'}: expected a folder" in refused(*train_arguments)
     (tmp_path / "empty").mkdir()
@@ -252,10 +249,20 @@ def test_train_refuses_data_and_holdouts_that_are_not_there(train_arguments, tmp
     assert names(tmp_path) == {"empty"}
 
 
-@pytest.mark.parametrize("option", ["--seed", "--epochs"])
-def test_train_refuses_negative_numbers(train_arguments, option):
-    result = contrec(*train_arguments, option, -1)
-    assert result.exit_code == 2 and option in result.stderr
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["steps=3"], ["'head.steps'", "'steps'"]),
+        (["training.epochs=-1"], ["training.epochs", "0", "-1"]),
+        (["data.holdout=all"], ["data.holdout", "test, validation", "'all'"]),
+        (["head.steps"], ["KEY=VALUE", "'head.steps'"]),
+        (["--preset", "papr"], ["preset", "contrec", "'papr'"]),
+    ],
+)
+def test_train_refuses_settings(train_arguments, tmp_path, arguments, words):
+    line = refused(*train_arguments, *arguments)
+    assert all(word in line for word in words), line
+    assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize(
@@ -301,7 +308,7 @@ def failing(error, part):
 @pytest.mark.parametrize("error", [OSError("disk full"), ValueError("bad")])
 def test_a_failure_while_saving_leaves_nothing(train_arguments, tmp_path, monkeypatch, error):
     monkeypatch.setattr(ContRec, "save_pretrained", failing(error, "config.yaml"))
-    result = contrec(*train_arguments, "--epochs", 0)
+    result = contrec(*train_arguments, "training.epochs=0")
     assert result.exit_code == 1 and result.stdout == ""
     assert result.stderr.splitlines()[-1] == f"contrec: {error}"
     assert names(tmp_path) == set()
@@ -314,7 +321,7 @@ def test_an_interruption_while_saving_leaves_nothing(train_arguments, tmp_path, 
         raise error
 
     monkeypatch.setattr(data, "write_folder", fail)
-    assert contrec(*train_arguments, "--epochs", 0).exit_code != 0
+    assert contrec(*train_arguments, "training.epochs=0").exit_code != 0
     assert names(tmp_path) == set()
 
 
@@ -327,7 +334,7 @@ def test_a_run_that_is_ended_from_outside_leaves_nothing(train_arguments, tmp_pa
     monkeypatch.setattr(data, "write_folder", end)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert contrec(*train_arguments, "--epochs", 0).exit_code == 143
+        assert contrec(*train_arguments, "training.epochs=0").exit_code == 143
     finally:
         signal.signal(signal.SIGTERM, before)
     assert names(tmp_path) == set()
@@ -353,9 +360,9 @@ def test_a_failed_evaluation_keeps_the_metrics_of_before(world, monkeypatch):
 
 @pytest.fixture
 def small_demo(monkeypatch):
-    import contrec_fast.config
+    import contrec_fast.presets
 
-    monkeypatch.setattr(contrec_fast.config, "demo_config", small_config)
+    monkeypatch.setattr(contrec_fast.presets, "demo_config", small_config)
     monkeypatch.setattr(data, "synthetic_shop", lambda seed: small_shop())
 
 

@@ -1,10 +1,20 @@
 """The configuration file: round trips, defaults, and every refusal in one line."""
 
 import dataclasses
+import random
 
 import pytest
+import yaml
 
-from contrec_fast.config import NAMES, Config, demo_config, load_config, save_config
+from contrec_fast.config import (
+    NAMES,
+    Config,
+    apply_overrides,
+    load_config,
+    save_config,
+    settings,
+)
+from contrec_fast.presets import PRESETS, demo_config, preset
 
 
 def leaves(tree, prefix=()):
@@ -30,26 +40,102 @@ def refusal(tmp_path, text):
     return message
 
 
-def test_round_trip_of_every_setting(tmp_path):
-    config = Config()
-    tree = dataclasses.asdict(config)
-    for path, value in leaves(tree):
-        part = config
-        for key in path[:-1]:
-            part = getattr(part, key)
-        other = {bool: True, int: 7, float: 1.25e-7, str: "ü: # no"}[type(value)]
-        other = NAMES[path[-1]][0] if path[-1] in NAMES else other
-        assert other != value or path[-1] == "schedule"  # of which there is one
-        setattr(part, path[-1], other)
+def every_setting_changed():
+    """{dotted name: a legal value that is not the default}."""
+    changed = {}
+    for path, value in leaves(dataclasses.asdict(Config())):
+        other = {bool: not value, int: 7, float: 1.25e-7, str: "ü: # no"}[type(value)]
+        if path[-1] in NAMES:
+            other = random.choice([name for name in NAMES[path[-1]] if name != value])
+        assert other != value
+        changed[".".join(path)] = other
+    return changed
+
+
+def get(config, name):
+    for key in name.split("."):
+        config = getattr(config, key)
+    return config
+
+
+def test_every_setting_can_be_overridden_and_survives_the_file(tmp_path):
+    changed = every_setting_changed()
+    assert settings() == list(changed)
+    config = apply_overrides(
+        Config(), [f"{key}={yaml.safe_dump(value)}" for key, value in changed.items()]
+    )
+    assert {key: get(config, key) for key in changed} == changed
     save_config(config, tmp_path / "all.yaml")
     assert load_config(tmp_path / "all.yaml") == config
-    assert config != Config()
 
 
-def test_demo_and_default_configurations_survive_the_file(tmp_path):
-    for number, config in enumerate((Config(), demo_config())):
-        save_config(config, tmp_path / f"{number}.yaml")
-        assert load_config(tmp_path / f"{number}.yaml") == config
+@pytest.mark.parametrize("make", [*PRESETS.values(), demo_config])
+def test_presets_survive_the_file_and_are_new_each_time(tmp_path, make):
+    save_config(make(), tmp_path / "preset.yaml")
+    assert load_config(tmp_path / "preset.yaml") == make()
+    make().training.epochs += 1
+    assert make() == load_config(tmp_path / "preset.yaml")
+
+
+def test_presets_are_known_by_name():
+    assert preset("default") == Config()
+    assert len({str(make()) for make in PRESETS.values()}) == len(PRESETS)
+    with pytest.raises(ValueError, match="preset: expected one of default, .*, got 'papr'$"):
+        preset("papr")
+
+
+def test_preset_then_file_then_overrides(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text("head: {steps: 50}\ntraining: {epochs: 7}")
+    base = preset("contrec")
+    config = load_config(path, base)
+    assert (config.head.steps, config.head.method, config.training.epochs) == (50, "ddpm", 7)
+    assert base == preset("contrec")
+    changed = apply_overrides(config, ["head.steps=4", "seed=2", "head.steps=9"])
+    assert (changed.head.steps, changed.seed, changed.training.epochs) == (9, 2, 7)
+    assert config == load_config(path, base)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("head.step=3", ["'head.steps', got 'head.step'"]),
+        ("steps=3", ["'head.steps', got 'steps'"]),
+        ("training.steps=3", ["'head.steps', got 'training.steps'"]),
+        ("trainning.epochs=3", ["such as 'training.epochs', got"]),
+        ("epochs=3", ["'lightgcn.epochs', 'tokenizer.epochs', 'training.epochs', got 'epochs'"]),
+        ("lightgnc.dimm=3", ["'lightgcn.dim', got"]),
+        ("head={steps: 3}", ["'head.space', 'head.source'", "got 'head'"]),
+        ("head.steps.x=3", ["'head.steps', got 'head.steps.x'"]),
+        ("sede=3", ["'seed', got 'sede'"]),
+        ("=3", ["'seed', 'data'", "got ''"]),
+        ("head.steps", ["KEY=VALUE such as head.steps=5, got 'head.steps'"]),
+        ("head.steps=[1", ["head.steps: expected YAML"]),
+        ("head.steps=", ["head.steps: expected int, got None"]),
+    ],
+)
+def test_refuses_overrides(override, words):
+    before = Config()
+    with pytest.raises(ValueError) as caught:
+        apply_overrides(before, ["seed=5", override])
+    message = str(caught.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+    assert before == Config()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["head.steps=0", "head.steps=x", "training.dropout=1", "head.method=dmdp", "seed=-1",
+     "head.bag=1", "training.learning_rate=.nan", "data.items=7"],
+)  # fmt: skip
+def test_a_value_is_checked_as_in_a_file(tmp_path, override):
+    with pytest.raises(ValueError) as caught:
+        apply_overrides(Config(), [override])
+    key, value = override.split("=")
+    for part in reversed(key.split(".")):
+        value = f"{{{part}: {value}}}"
+    assert str(caught.value).startswith(f"{key}: expected ")
+    assert refusal(tmp_path, value) == f"{tmp_path / 'config.yaml'}: {caught.value}"
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}"])
@@ -81,20 +167,24 @@ def test_instances_share_nothing():
     "text, words",
     [
         ("trainning: {}", ["'training'", "'trainning'"]),
-        ("training: {learning_rat: 1.0}", ["training", "'learning_rate'", "'learning_rat'"]),
-        ("head: {stepz: 3}", ["head", "'steps'", "'stepz'"]),
-        ("3: 4", ["known key", "3"]),
-        ("qqq: 1", ["'seed', 'lightgcn', 'tokenizer'", "'retrieval'", "'qqq'"]),  # nothing near
-        ("training: {epochs: many}", ["training: epochs", "int", "'many'"]),
-        ("training: {epochs: 2.0}", ["training: epochs", "int", "2.0"]),
-        ("training: {epochs: true}", ["training: epochs", "int", "True"]),
-        ("training: {learning_rate: fast}", ["training: learning_rate", "float", "'fast'"]),
-        ("training: {learning_rate: true}", ["training: learning_rate", "float", "True"]),
-        ("head: {separable: 1}", ["head: separable", "bool", "1"]),
-        ("head: {schedule: null}", ["head: schedule", "str", "None"]),
-        ("head: {denoiser: mpl}", ["head: denoiser", "linear, mlp, adaln", "'mpl'"]),
-        ("head: {schedule: exq}", ["head: schedule", "exp", "'exq'"]),
-        ("head: {method: dmdp}", ["head: method", "ddpm, ddim", "'dmdp'"]),
+        (
+            "training: {learning_rat: 1.0}",
+            ["'training.learning_rate', got 'training.learning_rat'"],
+        ),
+        ("head: {stepz: 3}", ["'head.steps', got 'head.stepz'"]),
+        ("3: 4", ["known setting", "'3'"]),
+        ("steps: 4", ["'head.steps', got 'steps'"]),
+        ("qqq: 1", ["'seed', 'data', 'lightgcn'", "'retrieval'", "'qqq'"]),  # nothing near
+        ("training: {epochs: many}", ["training.epochs:", "int", "'many'"]),
+        ("training: {epochs: 2.0}", ["training.epochs:", "int", "2.0"]),
+        ("training: {epochs: true}", ["training.epochs:", "int", "True"]),
+        ("training: {learning_rate: fast}", ["training.learning_rate:", "float", "'fast'"]),
+        ("training: {learning_rate: true}", ["training.learning_rate:", "float", "True"]),
+        ("head: {separable: 1}", ["head.separable:", "bool", "1"]),
+        ("head: {schedule: null}", ["head.schedule:", "str", "None"]),
+        ("head: {denoiser: mpl}", ["head.denoiser:", "linear, mlp, adaln", "'mpl'"]),
+        ("head: {schedule: exq}", ["head.schedule:", "exp", "'exq'"]),
+        ("head: {method: dmdp}", ["head.method:", "ddpm, ddim", "'dmdp'"]),
         ("training: 5", ["training", "mapping", "5"]),
         ("training:", ["training", "mapping", "None"]),
         ("- 1\n- 2", ["mapping", "[1, 2]"]),
@@ -111,14 +201,14 @@ def test_refuses(tmp_path, text, words):
     "text, words",
     [
         ("seed: -1", ["seed", "0", "-1"]),
-        ("tokenizer: {tokens: 0}", ["tokenizer: tokens", "1", "0"]),
-        ("prompt: {history: 0}", ["prompt: history", "1", "0"]),
-        ("training: {batch_size: -3}", ["training: batch_size", "1", "-3"]),
-        ("training: {epochs: -1}", ["training: epochs", "0", "-1"]),
-        ("training: {learning_rate: -0.1}", ["training: learning_rate", "0", "-0.1"]),
-        ("training: {learning_rate: .nan}", ["training: learning_rate", "nan"]),
-        ("training: {learning_rate: .inf}", ["training: learning_rate", "inf"]),
-        ("training: {dropout: 1.0}", ["training: dropout", "below 1", "1.0"]),
+        ("tokenizer: {tokens: 0}", ["tokenizer.tokens:", "1", "0"]),
+        ("prompt: {history: 0}", ["prompt.history:", "1", "0"]),
+        ("training: {batch_size: -3}", ["training.batch_size:", "1", "-3"]),
+        ("training: {epochs: -1}", ["training.epochs:", "0", "-1"]),
+        ("training: {learning_rate: -0.1}", ["training.learning_rate:", "0", "-0.1"]),
+        ("training: {learning_rate: .nan}", ["training.learning_rate:", "nan"]),
+        ("training: {learning_rate: .inf}", ["training.learning_rate:", "inf"]),
+        ("training: {dropout: 1.0}", ["training.dropout:", "below 1", "1.0"]),
     ],
 )
 def test_refuses_numbers_out_of_range(tmp_path, text, words):
