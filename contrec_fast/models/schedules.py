@@ -136,6 +136,7 @@ def sampler_coefficients(
     - `ddim`: deterministic (Song et al., arXiv 2010.02502, equation 12 with eta = 0).
     - `dpm++`: DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2), which extrapolates
       x0_hat linearly in `lambda = log(alpha / sigma)`; its first and last steps are of order 1.
+      The extrapolation is at most that of steps of equal width (r >= 1), which keeps order 2.
 
     The last row is (1, 0, 0, 0, p_x, p_f): the sampler ends on its own prediction.
 
@@ -164,7 +165,9 @@ def sampler_coefficients(
     if method == "dpm++" and len(here) > 2:
         widths = (here.logit() / 2).diff()  # of the steps in lambda
         share = torch.zeros_like(here)
-        share[1:-1] = widths[1:] / (2 * widths[:-1])
+        # Few steps evenly spaced in t are by far the widest in lambda at the end; extrapolating
+        # in proportion would overshoot there and be less exact than ddim.
+        share[1:-1] = (widths[1:] / widths[:-1]).clamp(max=1) / 2
         c_x0, c_previous = c_x0 * (1 + share), -c_x0 * share
     return torch.stack([c_x0, c_x, sigma, c_previous, *x0_weights(prediction, here)], dim=1)
 
