@@ -8,12 +8,12 @@ their original ids, titles and categories. This is the layout LightGCN, TokenRec
 
 import csv
 import io
-import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from contrec_fast.data.files import decode, read_bytes, require_free, shorten, write_whole
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,18 @@ class Dataset:
         users = [self.user_ids[row] for row in rows]
         return Dataset(self.items, users, [self.histories[row] for row in rows], self.targets[rows])
 
+    def for_validation(self) -> "Dataset":
+        """The same users and catalog, the last item of each history being the target.
+
+        The targets of before are left out. A history of one item stays, with target -1, so that
+        rows mean the same users.
+        """
+        longer = [len(history) > 1 for history in self.histories]
+        pairs = list(zip(self.histories, longer, strict=True))
+        histories = [history[:-1] if more else history for history, more in pairs]
+        targets = [history[-1] if more else -1 for history, more in pairs]
+        return Dataset(self.items, self.user_ids, histories, np.array(targets, dtype=np.int64))
+
 
 def read_folder(path, holdout: str = "test") -> Dataset:
     """Read a folder of `train.txt`, `test.txt`, optional `item_list.txt` and `user_list.txt`.
@@ -105,8 +117,7 @@ def read_folder(path, holdout: str = "test") -> Dataset:
 
     Raises ValueError, one line with the file and line, when anything else is found.
     """
-    if holdout not in ("test", "validation"):
-        raise ValueError(f"holdout: expected 'test' or 'validation', got {holdout!r}")
+    check_holdout(holdout)
     folder = Path(path)
     if not folder.is_dir():
         got = "a file" if folder.exists() else "nothing"
@@ -138,13 +149,15 @@ def read_folder(path, holdout: str = "test") -> Dataset:
     items = Items(*(list(column) for column in zip(*rows, strict=True)))
 
     indices = [np.searchsorted(numbers, sequence) for sequence in sequences]
-    if holdout == "test":
-        histories = [sequence[:-1] for sequence in indices]
-        targets = [sequence[-1] for sequence in indices]
-    else:
-        histories = [sequence[: max(1, len(sequence) - 2)] for sequence in indices]
-        targets = [sequence[-2] if len(sequence) > 2 else -1 for sequence in indices]
-    return Dataset(items, user_ids, histories, np.array(targets, dtype=np.int64))
+    histories = [sequence[:-1] for sequence in indices]
+    targets = np.array([sequence[-1] for sequence in indices], dtype=np.int64)
+    dataset = Dataset(items, user_ids, histories, targets)
+    return dataset if holdout == "test" else dataset.for_validation()
+
+
+def check_holdout(holdout: str) -> None:
+    if holdout not in ("test", "validation"):
+        raise ValueError(f"holdout: expected 'test' or 'validation', got {holdout!r}")
 
 
 def write_folder(dataset: Dataset, path) -> None:
@@ -155,8 +168,7 @@ def write_folder(dataset: Dataset, path) -> None:
     (the format has no way to say so) and when a string is not valid Unicode.
     """
     folder = Path(path)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder}: expected a new or empty folder, got one that exists")
+    require_free(folder)
     if not dataset.user_ids:
         raise ValueError("dataset: expected at least one user, got none")
     if dataset.targets.min() < 0:
@@ -188,36 +200,11 @@ def write_folder(dataset: Dataset, path) -> None:
             raise ValueError(
                 f"dataset: expected valid Unicode for {name}, got {error.object[error.start]!r}"
             ) from None
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        for name, content in contents.items():
-            (temporary / name).write_bytes(content)
-        os.rename(temporary, folder)
-    except BaseException:
-        for name in contents:
-            (temporary / name).unlink(missing_ok=True)
-        temporary.rmdir()
-        raise
+    write_whole(folder, contents)
 
 
 def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: expected a file, got nothing") from None
-    except OSError as error:
-        raise ValueError(f"{path}: expected a readable file, got: {error.strerror}") from None
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: expected UTF-8, got byte 0x{data[error.start]:02x} "
-            f"at offset {error.start}"
-        ) from None
+    return decode(path, read_bytes(path))
 
 
 def _read_lines(path: Path) -> dict[int, tuple[int, np.ndarray]]:
@@ -229,7 +216,7 @@ def _read_lines(path: Path) -> dict[int, tuple[int, np.ndarray]]:
     for line, content in enumerate(text.split("\n"), 1):
         tokens = content.split()
         if len(tokens) < 2:
-            got = f"user {_shorten(tokens[0])} without items" if tokens else "an empty line"
+            got = f"user {shorten(tokens[0])} without items" if tokens else "an empty line"
             raise ValueError(f"{path}, line {line}: expected 'user item item ...', got {got}")
         user, *items = (_parse_number(path, line, token) for token in tokens)
         if user in users:
@@ -298,7 +285,7 @@ def _read_table(path: Path, optional: tuple[str, ...]) -> dict[int, tuple[str, .
                 raise ValueError(
                     f"{path}, line {line}: expected a header with org_id and remap_id"
                     f"{' and optionally ' + ' and '.join(optional) if optional else ''}, "
-                    f"got {_shorten(' '.join(header), 80)}"
+                    f"got {shorten(' '.join(header), 80)}"
                 )
             columns = [header.index(name) if name in header else None for name in known]
             continue
@@ -315,7 +302,7 @@ def _read_table(path: Path, optional: tuple[str, ...]) -> dict[int, tuple[str, .
             )
         if org_id in seen_ids:
             raise ValueError(
-                f"{path}, line {line}: expected each org_id once, got {_shorten(org_id)} again "
+                f"{path}, line {line}: expected each org_id once, got {shorten(org_id)} again "
                 f"(first on line {seen_ids[org_id]})"
             )
         seen_ids[org_id] = line
@@ -341,7 +328,7 @@ def _parse_number(path: Path, line: int, token: str) -> int:
     if not (token.isascii() and token.isdigit()) or len(token) > 18:
         raise ValueError(
             f"{path}, line {line}: expected a whole number of at most 18 digits, "
-            f"got {_shorten(token)}"
+            f"got {shorten(token)}"
         )
     return int(token)
 
@@ -359,7 +346,3 @@ def _require_distinct(name: str, ids: list[str]) -> None:
         seen: set[str] = set()
         again = next(value for value in ids if value in seen or seen.add(value))
         raise ValueError(f"{name}: expected each id once, got {again!r} twice")
-
-
-def _shorten(text: str, limit: int = 40) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "...")
