@@ -1,14 +1,15 @@
 """Prompts: histories of titles and continuous tokens, and the sentence the model answers with.
 
-`role, example | title <diff> z_1 .. z_K </diff> ... | question | response`. The parts that never
-change come first and last, so a growing history only appends. The state at an item's last
-continuous token has read everything up to and including that item, and nothing of what follows:
-that is where the condition of the diffusion head is read.
+`role, example | user token | title <diff> z_1 .. z_K </diff> ... | question | response`. The
+parts that never change come first and last, so a growing history only appends. The state at an
+item's last continuous token has read everything up to and including that item, and nothing of
+what follows: that is where the condition of the diffusion head is read.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,40 +17,45 @@ from torch import Tensor
 
 from contrec_fast.config import PromptConfig
 from contrec_fast.data.interactions import Items
+from contrec_fast.data.templates import TEMPLATES, response_text
 
 OPEN, CLOSE = "<diff>", "</diff>"
-ROLE = (
-    "You advise the customers of a shop. Example: after a tent and a sleeping bag, "
-    "the user might lean towards (Camping) products, such as a camping stove. "
-    "This user chose, oldest first:"
-)
-QUESTION = " What comes next?"
 IGNORED = -100  # label that the loss skips, by Hugging Face's convention
 
 
-def response_text(title: str, category: str) -> str:
-    """The sentence that states what a user wants."""
-    if category:
-        return f" The user might lean towards ({category}) products, such as {title}."
-    return f" The user might like {title}."
+class Window(NamedTuple):
+    """A stretch of a user's history: `history[start:]` is shown, what is before is summarised."""
+
+    history: np.ndarray
+    start: int
 
 
 @dataclass
 class PromptBatch:
-    """A batch of prompts.
+    """A batch of B prompts, which show I different items in all.
 
-    token_ids, rows: [B, L] int64, as `ops.gather_tokens` takes them. attention_mask: [B, L]
-    int64. labels: [B, L] text to learn, else -100. read_row, read_column: [P] where conditions
-    are read. next_items: [P] the item that follows there, -1 if unknown.
+    token_ids, rows: [B, L] int64, as `ops.gather_tokens` takes them; rows refer to the K tokens
+    of each of `items`, then to the K tokens of each user. attention_mask: [B, L] int64. labels:
+    [B, L] text to learn, else -100. items: [I] item indices. shown: [B, M] item indices in order,
+    padded with -1 at the end. older, older_offsets: what the users chose before, item indices, and
+    [B] where each user's begin. read_row, read_column: [P] where conditions are read. read_item: [P] which
+    item of `shown` that is. next_items: [P] the item that follows there, -1 if unknown.
+    answers: [B, S] token ids of the response, padded with -1 (S = 0 without one).
     """
 
     token_ids: Tensor
     rows: Tensor
     attention_mask: Tensor
     labels: Tensor
+    items: Tensor
+    shown: Tensor
+    older: Tensor
+    older_offsets: Tensor
     read_row: Tensor
     read_column: Tensor
+    read_item: Tensor
     next_items: Tensor
+    answers: Tensor
 
     def to(self, device) -> "PromptBatch":
         return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
@@ -60,92 +66,155 @@ class Prompts:
 
     Args:
         items: the catalog. text_tokenizer: a Hugging Face tokenizer that knows `<diff>` and
-        `</diff>` as single tokens. tokens: K continuous tokens per item.
+        `</diff>` as single tokens. tokens: K continuous tokens per item and per user.
+
+    Raises:
+        ValueError: more templates are asked for than there are.
     """
 
     def __init__(self, items: Items, text_tokenizer, tokens: int, config: PromptConfig):
         self.config, self.tokens, self.text_tokenizer = config, tokens, text_tokenizer
         self.pad = text_tokenizer.pad_token_id
+        if not 1 <= config.templates <= len(TEMPLATES):
+            raise ValueError(
+                f"prompt.templates: expected 1 to {len(TEMPLATES)}, got {config.templates}"
+            )
+        self._templates, self._titles, self._answers = [(_text([]), _text([]))], None, None
+        self._open, self._close = _text([]), _text([])
+        if config.text == "none":
+            return
+        self._templates = [
+            tuple(_text(ids) for ids in self._encode(template))
+            for template in TEMPLATES[: config.templates]
+        ]
+        opening, closing = text_tokenizer.convert_tokens_to_ids([OPEN, CLOSE])
+        self._open, self._close = _text([opening]), _text([closing])
         shown = [
             " ".join((title or item).split())[: config.title_length]
             for title, item in zip(items.titles, items.ids)
         ]
-        fixed = [_piece(ids, learned=False) for ids in self._encode([ROLE, QUESTION])]
-        self.role, self.question = fixed
-        opening, closing = text_tokenizer.convert_tokens_to_ids([OPEN, CLOSE])
-        slots = _piece([opening, *[self.pad] * tokens, closing], learned=False)
-        self._blocks = []
-        for item, title in enumerate(self._encode([" " + title for title in shown])):
-            slots[1, 1:-1] = np.arange(item * tokens, (item + 1) * tokens)
-            self._blocks.append(np.concatenate([_piece(title, learned=True), slots], axis=1))
+        if config.text == "full":
+            titles = self._encode([" " + title for title in shown])
+            self._titles = [_text(ids, learned=True) for ids in titles]
         categories = [" ".join(category.split()) for category in items.categories]
         answers = self._encode([response_text(*pair) for pair in zip(shown, categories)])
         end = text_tokenizer.eos_token_id
-        self._answers = [_piece([*ids, end], learned=True) for ids in answers]
+        self._answers = [_text([*ids, end], learned=True) for ids in answers]
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # A title may hold the characters of a special token, but never becomes one.
         return self.text_tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True
+            list(texts), add_special_tokens=False, split_special_tokens=True
         ).input_ids
 
-    def training_batch(self, windows: Sequence[np.ndarray]) -> PromptBatch:
+    def training_batch(
+        self, windows: Sequence[Window], rng: np.random.Generator | None = None
+    ) -> PromptBatch:
         """Prompts that predict each next item of their window and state the last one.
 
         Args:
-            windows: item indices, oldest first, 2 to history + 1 of them each.
+            windows: 2 to history + 1 items shown of each; the last is only predicted.
+            rng: chooses the templates; the first one if not given.
         """
-        return self._batch(windows, self._answers)
+        count = len(self._templates)
+        chosen = rng.integers(count, size=len(windows)) if rng else np.zeros(len(windows), int)
+        shown = [window.history[window.start : -1] for window in windows]
+        following = [window.history[window.start + 1 :] for window in windows]
+        batch = self._batch(windows, shown, chosen, [next_items[-1] for next_items in following])
+        batch.next_items = torch.from_numpy(np.concatenate(following))
+        return batch
 
     def inference_batch(self, histories: Sequence[np.ndarray]) -> PromptBatch:
         """Prompts up to the question, padded on the left, one condition each.
 
         Args:
-            histories: item indices, oldest first; the latest `history` of them are used.
+            histories: item indices, oldest first, at least one each; the latest
+            `config.history` of them are shown.
         """
-        windows = [np.append(h[-self.config.history :], -1) for h in histories]
-        batch = self._batch(windows, None)
-        last = batch.token_ids.shape[1] - self.question.shape[1] - 2
-        batch.read_row = torch.arange(len(windows))
-        batch.read_column = torch.full((len(windows),), last)
+        windows = [Window(h, max(0, len(h) - self.config.history)) for h in histories]
+        shown = [window.history[window.start :] for window in windows]
+        batch = self._batch(windows, shown, np.zeros(len(windows), int), None)
+        last = torch.tensor([len(items) for items in shown]).cumsum(0) - 1
+        batch.read_row, batch.read_column, batch.read_item = (
+            read[last] for read in (batch.read_row, batch.read_column, batch.read_item)
+        )
         batch.next_items = torch.full((len(windows),), -1)
         return batch
 
-    def _batch(self, windows, answers) -> PromptBatch:
-        """Prompts for `window[:-1]`; answered and padded right if `answers` are given, else left.
+    def _batch(self, windows, shown, templates, answered) -> PromptBatch:
+        """Answered (an item per window) and padded right, or not answered and padded left.
 
         The titles of the history are learned like the answer's: each says what came next.
         """
+        items, place = np.unique(np.concatenate(shown), return_inverse=True)
+        places = np.split(place, np.cumsum([len(part) for part in shown])[:-1])
+        texts = answered is not None and self._answers is not None
         prompts, reads = [], []
-        for window in windows:
-            blocks = [self._blocks[item] for item in window[:-1]]
-            answer = [answers[window[-1]]] if answers else []
-            prompts.append(np.concatenate([self.role, *blocks, self.question, *answer], axis=1))
-            lengths = [block.shape[1] for block in blocks]
-            reads.append(self.role.shape[1] + np.cumsum(lengths) - 2)
+        for line, (part, local) in enumerate(zip(shown, places)):
+            role, question = self._templates[templates[line]]
+            pieces = [role]
+            if self.config.user_token:
+                pieces += self._slots(len(items) + line)
+            ends, length = [], sum(piece.shape[1] for piece in pieces)
+            for item, position in zip(part, local):
+                block = [] if self._titles is None else [self._titles[item]]
+                block += self._slots(position)
+                length += sum(piece.shape[1] for piece in block)
+                ends.append(length - 1 - self._close.shape[1])
+                pieces += block
+            pieces.append(question)
+            if texts:
+                pieces.append(self._answers[answered[line]])
+            prompts.append(np.concatenate(pieces, axis=1))
+            reads.append(ends)
         width = max(prompt.shape[1] for prompt in prompts)
         padded = np.empty((4, len(prompts), width), dtype=np.int64)
         padded[:] = np.array([self.pad, -1, IGNORED, 0])[:, None, None]
         for line, prompt in enumerate(prompts):
             length = prompt.shape[1]
-            place = slice(length) if answers else slice(width - length, width)
-            padded[:3, line, place], padded[3, line, place] = prompt, 1
+            start = 0 if answered is not None else width - length
+            padded[:3, line, start : start + length] = prompt
+            padded[3, line, start : start + length] = 1
+            reads[line] = np.array(reads[line]) + start
         token_ids, rows, labels, attention_mask = torch.from_numpy(padded)
+        lengths = np.array([len(part) for part in shown])
+        before = [window.history[: window.start] for window in windows]
+        responses = [self._answers[item][0] for item in answered] if texts else [[]] * len(shown)
         return PromptBatch(
             token_ids=token_ids,
             rows=rows,
             attention_mask=attention_mask,
             labels=labels,
-            read_row=torch.repeat_interleave(torch.tensor([len(ends) for ends in reads])),
+            items=torch.from_numpy(items),
+            shown=_padded(shown),
+            older=torch.from_numpy(np.concatenate(before)),
+            older_offsets=torch.tensor([0, *map(len, before[:-1])]).cumsum(0),
+            read_row=torch.from_numpy(np.repeat(np.arange(len(shown)), lengths)),
             read_column=torch.from_numpy(np.concatenate(reads)),
-            next_items=torch.from_numpy(np.concatenate([window[1:] for window in windows])),
+            read_item=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+            next_items=torch.empty(0, dtype=torch.int64),
+            answers=_padded(responses),
         )
 
+    def _slots(self, owner: int) -> list[np.ndarray]:
+        """`<diff> z_1 .. z_K </diff>` for a row of the batch's token table."""
+        slots = _text([self.pad] * self.tokens)
+        slots[1] = np.arange(owner * self.tokens, (owner + 1) * self.tokens)
+        return [self._open, slots, self._close]
 
-def _piece(ids: list[int], learned: bool) -> np.ndarray:
+
+def _text(ids: list[int], learned: bool = False) -> np.ndarray:
     """Text as a piece of a prompt: [3, n] token ids, token-table rows and labels."""
     labels = ids if learned else [IGNORED] * len(ids)
     return np.array([ids, [-1] * len(ids), labels], dtype=np.int64)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """[B, M] int64, -1 behind each row's end."""
+    padded = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
+    for line, row in enumerate(rows):
+        padded[line, : len(row)] = row
+    return torch.from_numpy(padded)
 
 
 class CategoryMatcher:

@@ -1,16 +1,21 @@
 """From users' histories to top-K lists, batch by batch."""
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
+from torch import Tensor
 
 from contrec_fast import ops
 from contrec_fast.data.interactions import Dataset
 from contrec_fast.data.prompts import CategoryMatcher, Prompts
 from contrec_fast.models.contrec import ContRec
+
+BATCH = 128
 
 
 @dataclass
@@ -35,27 +40,32 @@ class Recommender:
 
     Args:
         seed: key of the sampler's noise.
+        text: off leaves out the text and its bonus (the latent path alone).
     """
 
-    def __init__(self, model: ContRec, dataset: Dataset, seed: int = 0):
+    def __init__(self, model: ContRec, dataset: Dataset, seed: int = 0, text: bool = True):
         self.model, self.dataset, self.seed = model.eval(), dataset, seed
         config = model.config
+        self.text = (text or config.head.source == "response") and config.prompt.text != "none"
         self.prompts = Prompts(
             dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
         )
         self.matcher = CategoryMatcher(dataset.items.categories)
         device = model.item_vectors.device
         self.catalog = ops.Catalog(model.item_vectors.detach(), self.matcher.groups.to(device))
-        self.seen = ops.SeenLists.from_lists(dataset.histories, device)
+        self.seen = None
+        if config.retrieval.filter_seen:
+            self.seen = ops.SeenLists.from_lists(dataset.histories, device)
         self.keys = torch.tensor([stable_id(user) for user in dataset.user_ids], device=device)
-        head = config.head
-        self.plan = ops.plan_sampling(
-            model.head.denoiser, head.schedule, head.timesteps, head.method, head.steps,
-            head.guidance,
-        )  # fmt: skip
+        head, self.plan = config.head, None
+        if head.diffusion:
+            self.plan = ops.plan_sampling(
+                model.head.denoiser, head.schedule, head.timesteps, head.method, head.steps,
+                head.guidance, head.prediction,
+            )  # fmt: skip
 
     def recommend(
-        self, rows: Sequence[int], k: int, batch_size: int = 128, advance=None
+        self, rows: Sequence[int], k: int, batch_size: int = BATCH, advance=None
     ) -> Recommendations:
         """Lists for some users of the dataset, items of their history left out.
 
@@ -83,19 +93,129 @@ class Recommender:
 
     @torch.inference_mode()
     def _batch(self, rows: np.ndarray, k: int):
-        device = self.model.item_vectors.device
+        device, retrieval = self.model.item_vectors.device, self.model.config.retrieval
         batch = self.prompts.inference_batch([self.dataset.histories[row] for row in rows])
-        config = self.model.config
-        condition, texts = self.model.write(batch.to(device), config.prompt.response_tokens)
+        batch = batch.to(device)
+        if self.text:
+            condition, texts = self.model.write(batch)
+        else:
+            condition, texts = self.model.read(batch), [""] * len(rows)
         user = torch.from_numpy(rows).to(device)
-        vectors = self.plan(condition, seed=self.seed, user_ids=self.keys[user])
+        vectors = self.vectors(condition, self.keys[user])
         matched = self.matcher.match(texts).to(device)
+        draws = len(vectors)
         scores, ids = ops.cosine_topk(
-            vectors, self.catalog, k, matched, config.retrieval.bonus, self.seen, user
-        )
+            vectors.flatten(0, 1), self.catalog, k, matched.repeat(draws, 1), retrieval.bonus,
+            self.seen, None if self.seen is None else user.repeat(draws),
+        )  # fmt: skip
+        if draws > 1:
+            shape = (draws, len(rows), k)
+            scores, ids = best_of_draws(scores.reshape(shape), ids.reshape(shape))
         group = self.catalog.groups[ids.clamp(min=0)]
         named = matched.gather(1, group.clamp(min=0)) & (group >= 0) & (ids >= 0)
         return ids.cpu().numpy(), scores.cpu().numpy(), named.cpu().numpy(), texts
+
+    def vectors(self, condition: Tensor, keys: Tensor) -> Tensor:
+        """Conditions [B, D] and noise keys [B] to item-space vectors [S, B, D]."""
+        draws, y = self.model.config.retrieval.draws, condition
+        if self.plan is not None:
+            y = self.plan(condition, seed=self.seed, user_ids=keys, samples=draws)
+        return self.model.to_item_space(y if y.dim() == 3 else y[None])
+
+
+def best_of_draws(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Top-K lists of several draws to the top K by each item's best score.
+
+    Exact: an item among the best K overall is among the best K of the draw it scores best in.
+
+    Args:
+        scores: [S, B, k] float32. ids: [S, B, k] int64, -1 (score -inf) where a list is over.
+
+    Returns:
+        scores [B, k] and ids [B, k]; ties go to the lower id.
+    """
+    k = scores.shape[2]
+    scores, ids = (lists.movedim(0, 1).flatten(1) for lists in (scores, ids))
+    order = scores.argsort(1, descending=True, stable=True)
+    order = order.gather(1, ids.gather(1, order).argsort(1, stable=True))
+    scores, ids = scores.gather(1, order), ids.gather(1, order)  # by id, its best score first
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    scores = scores.masked_fill(again, -torch.inf)
+    order = scores.argsort(1, descending=True, stable=True)[:, :k]
+    scores, ids = scores.gather(1, order), ids.gather(1, order)
+    return scores, ids.masked_fill(scores == -torch.inf, -1)
+
+
+def recommend(
+    model: ContRec,
+    users: Sequence[str] | None = None,
+    histories: Mapping[str, Sequence[str]] | None = None,
+    k: int = 10,
+    progress=None,
+) -> pd.DataFrame:
+    """Top-K lists of known users (all of them by default) or of new ones with a history.
+
+    Args:
+        users: original ids of users that the model was trained with. histories: instead, the
+        original item ids that each new user chose, oldest first. k: items per user.
+        progress: shows long work (`progress.ProgressBars`).
+
+    Returns:
+        Columns user_id, item_id, title, score (float), rank (from 1), matched (the item's
+        category is named by the text) and text; a user's rows together, best first.
+
+    Raises:
+        ValueError: an unknown user or item, an empty history, k not in 1..N, or a model without
+        a catalog, in one line.
+    """
+    if model.dataset is None:
+        raise ValueError("model: expected one with a dataset, which names users and items")
+    if users is not None and histories is not None:
+        raise ValueError("users, histories: expected one of them, got both")
+    dataset = model.dataset
+    if histories is not None:
+        dataset = _new_users(dataset, histories)
+    elif users is not None:
+        row_of = {user: row for row, user in enumerate(dataset.user_ids)}
+        unknown = [user for user in users if user not in row_of]
+        if unknown:
+            raise ValueError(f"users: expected users of the training data, got {unknown[0]!r}")
+        chosen = dict.fromkeys(users)
+        dataset = dataset.of_users(np.array([row_of[user] for user in chosen], dtype=np.int64))
+    count = len(dataset.user_ids)
+    if not count:
+        raise ValueError("users: expected at least one, got none")
+    recommender = Recommender(model, dataset)
+    advance = progress.stage("Users", math.ceil(count / BATCH)) if progress else None
+    lists = recommender.recommend(np.arange(count), k, advance=advance)
+    row, rank = np.nonzero(lists.ids >= 0)
+    items = lists.ids[row, rank]
+    names = dataset.items
+    return pd.DataFrame({
+        "user_id": [dataset.user_ids[i] for i in row],
+        "item_id": [names.ids[i] for i in items],
+        "title": [names.titles[i] for i in items],
+        "score": lists.scores[row, rank],
+        "rank": rank + 1,
+        "matched": lists.matched[row, rank],
+        "text": [lists.texts[i] for i in row],
+    })  # fmt: skip
+
+
+def _new_users(dataset: Dataset, histories: Mapping[str, Sequence[str]]) -> Dataset:
+    index = {item: position for position, item in enumerate(dataset.items.ids)}
+    rows = []
+    for user, items in histories.items():
+        unknown = [item for item in items if item not in index]
+        if unknown or not len(items):
+            got = repr(unknown[0]) if unknown else "none"
+            raise ValueError(
+                f"histories: expected items of the catalog for user {user!r}, got {got}"
+            )
+        rows.append(np.array([index[item] for item in items], dtype=np.int64))
+    targets = np.full(len(rows), -1, dtype=np.int64)
+    return Dataset(dataset.items, list(histories), rows, targets)
 
 
 def stable_id(user_id: str) -> int:

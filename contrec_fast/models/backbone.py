@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -14,7 +15,8 @@ from transformers import (
 )
 
 from contrec_fast.config import BackboneConfig
-from contrec_fast.data.prompts import CLOSE, OPEN, QUESTION, ROLE
+from contrec_fast.data.prompts import CLOSE, OPEN
+from contrec_fast.data.templates import TEMPLATES
 
 
 def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig, path: str | Path) -> None:
@@ -41,7 +43,7 @@ def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig, path: str |
         show_progress=False,
     )
     # Repeated, so that the words of every prompt become single tokens.
-    fixed = [ROLE, QUESTION] * 100
+    fixed = [text for template in TEMPLATES for text in template] * 100
     pieces.train_from_iterator([*fixed, *texts], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=pieces,
@@ -94,3 +96,20 @@ def load_backbone(path: str | Path):
         if len(tokenizer) > table:
             model.resize_token_embeddings(len(tokenizer))
     return model, tokenizer
+
+
+def add_adapters(model, text_tokenizer, config: BackboneConfig) -> PeftModel:
+    """Freeze a causal LM but for low-rank adapters (LoRA, arXiv 2106.09685), in place.
+
+    All linear layers get one; the embeddings of `<diff>` and `</diff>`, which no checkpoint
+    knows, learn as well. `.merge_and_unload()` of what is returned gives back a plain model.
+    """
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        trainable_token_indices=text_tokenizer.convert_tokens_to_ids([OPEN, CLOSE]),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, adapters)

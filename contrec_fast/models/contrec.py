@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from contrec_fast import ops
 from contrec_fast.config import Config, load_config, save_config
+from contrec_fast.data import Dataset, load_dataset, save_dataset
 from contrec_fast.data.prompts import IGNORED, PromptBatch
 from contrec_fast.models.backbone import load_backbone
+from contrec_fast.models.condition import ConditionEncoder
 from contrec_fast.models.diffusion import DiffusionHead
+from contrec_fast.models.losses import bpr_loss
+from contrec_fast.models.quantizer import ResidualQuantizer
 from contrec_fast.models.tokenizer import SigmaVAE
 
 
@@ -22,9 +26,15 @@ class ContRec(nn.Module):
 
     Args:
         backbone, text_tokenizer: a causal LM and its tokenizer (`backbone.load_backbone`).
-        tokenizer: trained sigma-VAE.
-        item_vectors: [N, D] initial item vectors: what is retrieved and diffused; trainable.
-        item_tokens: [N, K, H] continuous tokens of the items; constants.
+        tokenizer: fitted to the item vectors (`make_tokenizer`).
+        item_vectors: [N, D] collaborative vectors; a copy of them learns on (unless
+        `training.train_items` is off) and is what is retrieved.
+        dataset: the catalog and the users that `recommend` knows.
+
+    Attributes:
+        item_vectors: [N, D] what is retrieved. collaborative: [N, D] as given. item_tokens:
+        [N, K, H] tokens of the items as the language model reads them. text_map: [H + 1, D]
+        from an item's text to its vector (`models.cold_start`).
     """
 
     def __init__(
@@ -32,30 +42,97 @@ class ContRec(nn.Module):
         config: Config,
         backbone,
         text_tokenizer,
-        tokenizer: SigmaVAE,
+        tokenizer: SigmaVAE | ResidualQuantizer,
         item_vectors: Tensor,
-        item_tokens: Tensor,
+        dataset: Dataset | None = None,
     ):
         super().__init__()
+        head, training = config.head, config.training
+        if head.source == "response" and config.prompt.text == "none":
+            raise ValueError("head.source: expected 'hidden' where prompt.text is 'none'")
+        discrete = isinstance(tokenizer, ResidualQuantizer)
+        if head.space == "tokenizer" and discrete:
+            raise ValueError("head.space: expected 'item' with discrete tokens, got 'tokenizer'")
         self.config, self.backbone, self.text_tokenizer = config, backbone, text_tokenizer
-        self.tokenizer = tokenizer.requires_grad_(False)
-        self.item_vectors = nn.Parameter(item_vectors.clone())
-        self.register_buffer("item_tokens", item_tokens.flatten(0, 1).clone())
-        self.dropout = nn.Dropout(config.training.dropout)
+        self.dataset = dataset
+        self.tokenizer = tokenizer.requires_grad_(training.train_tokens)
+        self.item_vectors = nn.Parameter(item_vectors.clone(), requires_grad=training.train_items)
+        self.register_buffer("collaborative", item_vectors.clone())
+        # Codes stay what they are; continuous tokens follow the vectors that they are made of.
+        self.live_tokens = training.train_tokens and not discrete
         width, dim = backbone.config.hidden_size, item_vectors.shape[1]
-        self.condition = nn.Linear(width, dim)
-        self.head = DiffusionHead(dim, config.head)
+        count = len(item_vectors)
+        self.register_buffer("item_tokens", torch.zeros(count, config.tokenizer.tokens, width))
+        self.register_buffer("token_rms", torch.ones(()))
+        self.register_buffer("text_rms", torch.ones(()))
+        self.register_buffer("text_map", torch.zeros(width + 1, dim))
+        self.dropout = nn.Dropout(training.dropout)
+        head_dim = dim if head.space == "item" else config.tokenizer.tokens * width
+        if head.source == "response":
+            self.condition = ConditionEncoder(width, head_dim, config.prompt.response_tokens)
+        else:
+            self.condition = nn.Linear(width, head_dim)
+            self.bag = nn.Linear(dim, head_dim, bias=False) if head.bag else None
+        self.head = DiffusionHead(head_dim, head)
 
     def train(self, mode: bool = True) -> "ContRec":
-        """As usual, but the frozen sigma-VAE stays in evaluation mode."""
+        """As usual, but the tokenizer stays in evaluation mode: its statistics are settled."""
         super().train(mode)
         self.tokenizer.eval()
         return self
 
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Let tokens enter at the scale of the text embeddings beside them; done once."""
+        table = self.backbone.get_input_embeddings().weight
+        self.text_rms.copy_(_rms(table))
+        self.token_rms.copy_(_rms(self.tokenizer.encode(self.collaborative)))
+        self.update_tokens()
+
+    @torch.no_grad()
+    def update_tokens(self) -> None:
+        """Encode all items anew; needed after training steps and before inference."""
+        vectors = self.item_vectors if self.live_tokens else self.collaborative
+        parts = [self.encode(part) for part in vectors.split(8192)]
+        self.item_tokens.copy_(torch.cat(parts))
+
+    def encode(self, vectors: Tensor) -> Tensor:
+        """Item-space vectors [I, D] to tokens as the language model reads them [I, K, H]."""
+        return self.tokenizer.encode(vectors) * (self.text_rms / self.token_rms)
+
+    def tokens_of(self, items: Tensor) -> Tensor:
+        """Tokens [I, K, H] of items [I]; in training they are encoded, with gradients."""
+        if self.training and self.config.training.train_tokens:
+            vectors = self.item_vectors if self.live_tokens else self.collaborative
+            return self.encode(F.embedding(items, vectors))
+        return self.item_tokens[items]
+
+    def summaries(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Sums of item vectors over the square root of their number, so that none is too long.
+
+        Returns:
+            [B, D] of what each user chose before the items shown (zero if nothing) and [B, M, D]
+            of that and the items shown up to each.
+        """
+        vectors = self.item_vectors
+        before = F.embedding_bag(batch.older, vectors, batch.older_offsets, mode="sum")
+        total = torch.full_like(batch.older_offsets, len(batch.older))
+        number = torch.cat([batch.older_offsets[1:], total[:1]]) - batch.older_offsets
+        shown = F.embedding(batch.shown.clamp(min=0), vectors) * (batch.shown >= 0)[..., None]
+        steps = torch.arange(1, shown.shape[1] + 1, device=shown.device)
+        upto = before[:, None] + shown.cumsum(1)
+        return (
+            before / number[:, None].clamp(min=1).to(before.dtype).sqrt(),
+            upto / (number[:, None] + steps)[..., None].to(upto.dtype).sqrt(),
+        )
+
     def embed(self, batch: PromptBatch) -> Tensor:
         """Input embeddings [B, L, H] of prompts."""
         table = self.backbone.get_input_embeddings().weight
-        tokens = self.item_tokens.to(table.dtype)
+        tokens = self.tokens_of(batch.items)
+        if self.config.prompt.user_token:
+            tokens = torch.cat([tokens, self.encode(self.summaries(batch)[0])])
+        tokens = tokens.flatten(0, 1).to(table.dtype)
         return self.dropout(ops.gather_tokens(batch.token_ids, batch.rows, table, tokens))
 
     def hidden_states(self, batch: PromptBatch) -> Tensor:
@@ -65,23 +142,68 @@ class ContRec(nn.Module):
         ).last_hidden_state
 
     def conditions(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
-        """Conditions [P, D] from the hidden states where the batch reads them."""
-        return self.condition(self.dropout(hidden[batch.read_row, batch.read_column]))
+        """Conditions [P, D] from the hidden states [B, L, H] where the batch reads them."""
+        condition = self.condition(self.dropout(hidden[batch.read_row, batch.read_column]))
+        if self.bag is None:
+            return condition
+        bags = self.summaries(batch)[1][batch.read_row, batch.read_item]
+        return condition + self.bag(self.dropout(bags))
 
-    def losses(self, batch: PromptBatch) -> dict[str, Tensor]:
-        """Training losses of a batch, unweighted: those of the head, and `text`."""
+    def response_conditions(self, answers: Tensor) -> Tensor:
+        """Conditions [B, D] from the token ids [B, S] of responses, padded with -1."""
+        answers = answers[:, : self.config.prompt.response_tokens]
+        states = self.backbone.get_input_embeddings()(answers.clamp(min=0))
+        return self.condition(self.dropout(states), answers >= 0)
+
+    def to_item_space(self, y: Tensor) -> Tensor:
+        """What the head sampled, [..., D of the head], to vectors [..., D] of item space."""
+        if self.config.head.space == "item":
+            return y
+        codes = (y * self.token_rms).flatten(0, -2).unflatten(1, (self.config.tokenizer.tokens, -1))
+        return self.tokenizer.decode(codes).unflatten(0, y.shape[:-1])
+
+    def targets(self, items: Tensor) -> Tensor:
+        """What the head is to sample for items [P]: [P, D], or [P, K * H] in tokenizer space."""
+        if self.config.head.space == "item":
+            return F.embedding(items, self.item_vectors)
+        return self.tokens_of(items).flatten(1) / self.text_rms
+
+    def forward(self, batch: PromptBatch) -> dict[str, Tensor]:
+        """Training losses of a batch of `Prompts.training_batch`, unweighted.
+
+        Those of the head, and `ranking` (softmax cross-entropy over the whole catalog on the
+        output of the inference sampler, unrolled), `bpr` (the same output against a random
+        item), `text` (next words). Losses of weight 0 are left out.
+        """
+        training, items = self.config.training, batch.next_items
         hidden = self.hidden_states(batch)
-        conditions = self.conditions(hidden, batch)
-        losses = self.head.losses(
-            conditions, batch.next_items, self.item_vectors, self.config.training
-        )
-        learned = batch.labels[:, 1:] != IGNORED
-        logits = self.backbone.get_output_embeddings()(hidden[:, :-1][learned])
-        losses["text"] = F.cross_entropy(logits, batch.labels[:, 1:][learned])
+        if self.config.head.source == "response":
+            conditions = self.response_conditions(batch.answers)
+            items = items[_last_reads(batch)]
+        else:
+            conditions = self.conditions(hidden, batch)
+        losses = {}
+        negatives = torch.randint(len(self.item_vectors), items.shape, device=items.device)
+        if self.config.head.diffusion:
+            losses |= self.head.losses(
+                conditions, self.targets(items), self.targets(negatives), training
+            )
+        if training.ranking_weight or training.bpr_weight:
+            y, vectors = self.to_item_space(self.head.unroll(conditions)), self.item_vectors
+            temperature = training.ranking_temperature
+        if training.ranking_weight:
+            losses["ranking"] = ops.catalog_cross_entropy(y, vectors, items, temperature).mean()
+        if training.bpr_weight:
+            positive, negative = F.embedding(items, vectors), F.embedding(negatives, vectors)
+            losses["bpr"] = bpr_loss(y, positive, negative, temperature)
+        if training.text_weight and self.config.prompt.text != "none":
+            learned = batch.labels[:, 1:] != IGNORED
+            logits = self.backbone.get_output_embeddings()(hidden[:, :-1][learned])
+            losses["text"] = F.cross_entropy(logits, batch.labels[:, 1:][learned])
         return losses
 
     @torch.inference_mode()
-    def write(self, batch: PromptBatch, max_tokens: int) -> tuple[Tensor, list[str]]:
+    def write(self, batch: PromptBatch) -> tuple[Tensor, list[str]]:
         """Read prompts of `Prompts.inference_batch` and answer them, greedily.
 
         Returns:
@@ -90,19 +212,50 @@ class ContRec(nn.Module):
         output = self.backbone.generate(
             inputs_embeds=self.embed(batch),
             attention_mask=batch.attention_mask,
-            max_new_tokens=max_tokens,
+            max_new_tokens=self.config.prompt.response_tokens,
             do_sample=False,
             pad_token_id=self.text_tokenizer.pad_token_id,
             eos_token_id=self.text_tokenizer.eos_token_id,
             return_dict_in_generate=True,
             output_hidden_states=True,
         )
-        prompt_states = output.hidden_states[0][-1]
-        texts = self.text_tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
-        return self.conditions(prompt_states, batch), [text.strip() for text in texts]
+        written = output.sequences
+        texts = self.text_tokenizer.batch_decode(written, skip_special_tokens=True)
+        if self.config.head.source == "response":
+            ends = written == self.text_tokenizer.eos_token_id
+            behind = ends.cumsum(1) - ends.long() > 0
+            conditions = self.response_conditions(written.masked_fill(behind, -1))
+        else:
+            conditions = self.conditions(output.hidden_states[0][-1], batch)
+        return conditions, [text.strip() for text in texts]
+
+    @torch.inference_mode()
+    def read(self, batch: PromptBatch) -> Tensor:
+        """Conditions [B, D] without a text (`head.source` is "hidden")."""
+        return self.conditions(self.hidden_states(batch), batch)
+
+    @classmethod
+    def fit(cls, dataset: Dataset, config: Config | None = None, progress=None) -> "ContRec":
+        """Train a model on a dataset's histories; see `training.train`."""
+        from contrec_fast.progress import Silent
+        from contrec_fast.training import train
+
+        return train(dataset, config or Config(), progress or Silent())
+
+    def recommend(self, users=None, histories=None, k: int = 10, progress=None):
+        """Top-K lists as a pandas DataFrame; see `engine.recommend`."""
+        from contrec_fast.engine import recommend
+
+        return recommend(self, users, histories, k, progress)
+
+    def add_items(self, frame, interactions=None) -> None:
+        """Make new items recommendable without training; see `models.cold_start`."""
+        from contrec_fast.models.cold_start import add_items
+
+        add_items(self, frame, interactions)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.yaml, model.safetensors and the folder backbone/ into `path`."""
+        """Write config.yaml, model.safetensors, backbone/ and data/ into `path`."""
         path = Path(path)
         os.makedirs(path, exist_ok=True)
         save_config(self.config, path / "config.yaml")
@@ -116,6 +269,8 @@ class ContRec(nn.Module):
         save_file(state, path / "model.safetensors")
         for file in path.rglob("*.safetensors"):  # which come readable by their owner only
             file.chmod((path / "config.yaml").stat().st_mode)
+        if self.dataset is not None:
+            save_dataset(self.dataset, path / "data")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ContRec":
@@ -131,22 +286,37 @@ class ContRec(nn.Module):
             if not (path / name).exists():
                 raise ValueError(f"{path}: expected a trained model, found no {name}")
         config = load_config(path / "config.yaml")
+        dataset = load_dataset(path / "data") if (path / "data").exists() else None
         backbone, text_tokenizer = load_backbone(path / "backbone")
         try:
             state = load_file(path / "model.safetensors")
-            vectors, item_tokens = state["item_vectors"], state["item_tokens"]
+            vectors = state["item_vectors"]
             tokenizer = make_tokenizer(config, vectors.shape[1], backbone.config.hidden_size)
-            item_tokens = item_tokens.unflatten(0, (-1, config.tokenizer.tokens))
-            model = cls(config, backbone, text_tokenizer, tokenizer, vectors, item_tokens)
+            model = cls(config, backbone, text_tokenizer, tokenizer, vectors, dataset)
             own = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
             model.load_state_dict(state | own)
         except (SafetensorError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path / 'model.safetensors'}: does not fit: {reason}") from None
+        if dataset is not None and len(dataset.items) != len(vectors):
+            raise ValueError(
+                f"{path / 'data'}: expected {len(vectors)} items, got {len(dataset.items)}"
+            )
         return model.eval()
 
 
-def make_tokenizer(config: Config, dim: int, width: int) -> SigmaVAE:
-    """An untrained sigma-VAE of the configured shape, D to K tokens of the backbone's width."""
+def make_tokenizer(config: Config, dim: int, width: int) -> SigmaVAE | ResidualQuantizer:
+    """An untrained tokenizer of the configured kind, D to K tokens of the backbone's width."""
     c = config.tokenizer
+    if c.kind == "residual-quantizer":
+        return ResidualQuantizer(dim, width, c.tokens, c.codes)
     return SigmaVAE(dim, width, c.tokens, c.sigma, c.mask_ratio, c.dropout)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt().clamp(min=1e-12)
+
+
+def _last_reads(batch: PromptBatch) -> Tensor:
+    """[B] positions among the reads of each prompt's last one."""
+    return torch.bincount(batch.read_row).cumsum(0) - 1

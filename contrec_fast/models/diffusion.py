@@ -7,13 +7,15 @@ from torch import Tensor, nn
 from contrec_fast import ops
 from contrec_fast.config import HeadConfig, TrainingConfig
 from contrec_fast.models.denoisers import DENOISERS
-from contrec_fast.models.losses import dispersive_loss
+from contrec_fast.models.losses import contrastive_denoising_loss, dispersive_loss
 from contrec_fast.models.schedules import (
     alpha_bars,
     count_noises,
     respaced_indices,
     run_sampler,
     sampler_coefficients,
+    to_x0,
+    training_target,
 )
 
 DISPERSIVE_ROWS = 256  # the loss compares all pairs of rows
@@ -23,7 +25,7 @@ class DiffusionHead(nn.Module):
     """A denoiser with its noise schedule.
 
     Args:
-        dim: item-space width D.
+        dim: width D of what is diffused.
     """
 
     def __init__(self, dim: int, config: HeadConfig):
@@ -38,49 +40,69 @@ class DiffusionHead(nn.Module):
         )
         alpha_bar = alpha_bars(config.schedule, config.timesteps)
         indices = respaced_indices(config.timesteps, config.steps)
-        coefficients = sampler_coefficients(alpha_bar, indices, config.method)
+        coefficients = sampler_coefficients(alpha_bar, indices, config.method, config.prediction)
         self.noises = count_noises(coefficients)
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("coefficients", coefficients, persistent=False)
 
     def losses(
-        self, condition: Tensor, items: Tensor, vectors: Tensor, training: TrainingConfig
+        self, condition: Tensor, x0: Tensor, negatives: Tensor, training: TrainingConfig
     ) -> dict[str, Tensor]:
-        """Losses of predicting `vectors[items]` from conditions.
+        """Losses of predicting x0 from conditions at random steps; those of weight 0 are left out.
 
-        `diffusion`: mean squared error of x0_hat at a random step (targets detached).
-        `dispersive`: spreads the predictions. `ranking`: softmax cross-entropy over the whole
-        catalog on the output of the inference sampler, unrolled.
+        `diffusion`: mean squared error of what the denoiser predicts (x0, noise or v).
+        `dispersive`: spreads the predicted x0. `contrastive`: with the same condition, step and
+        noise, x0 is denoised better than another vector.
 
         Args:
-            condition: [P, D]. items: [P] int64. vectors: [N, D].
+            condition, x0, negatives: [P, D]; gradients reach the condition only.
         """
-        x0 = vectors[items].detach()
+        weights = (
+            training.diffusion_weight, training.dispersive_weight, training.contrastive_weight,
+        )  # fmt: skip
+        if not any(weights):
+            return {}
+        x0, negatives = x0.detach(), negatives.detach()
         t = torch.randint(self.config.timesteps, (len(x0),), device=x0.device)
         signal = self.alpha_bar[t].to(x0.dtype)[:, None]
-        noisy = signal.sqrt() * x0 + (1 - signal).sqrt() * torch.randn_like(x0)
+        noise = torch.randn_like(x0)
         dropped = torch.rand(len(x0), 1, device=x0.device) < self.config.condition_dropout
-        null = self.denoiser.null_condition
-        conditioned = torch.where(dropped, null, condition)
-        prediction = ops.denoise(self.denoiser, noisy, conditioned, t, guidance=0.0)
-        ranking = ops.catalog_cross_entropy(
-            self.unroll(condition), vectors, items, training.ranking_temperature
-        )
-        return {
-            "diffusion": F.mse_loss(prediction, x0),
-            "dispersive": dispersive_loss(prediction[:DISPERSIVE_ROWS], training.dispersive_tau),
-            "ranking": ranking.mean(),
-        }
+        conditioned = torch.where(dropped, self.denoiser.null_condition, condition)
+
+        def errors(clean: Tensor) -> tuple[Tensor, Tensor]:
+            """Squared error [P] and the predicted x0 [P, D] for some clean vectors."""
+            noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+            output = ops.denoise(self.denoiser, noisy, conditioned, t, guidance=0.0)
+            target = training_target(self.config.prediction, clean, noise, signal)
+            error = (output - target).square().mean(-1)
+            return error, to_x0(self.config.prediction, output, noisy, signal)
+
+        error, predicted = errors(x0)
+        losses = {}
+        if training.diffusion_weight:
+            losses["diffusion"] = error.mean()
+        if training.dispersive_weight:
+            losses["dispersive"] = dispersive_loss(
+                predicted[:DISPERSIVE_ROWS], training.dispersive_tau
+            )
+        if training.contrastive_weight:
+            losses["contrastive"] = contrastive_denoising_loss(error, errors(negatives)[0])
+        return losses
 
     def unroll(self, condition: Tensor) -> Tensor:
-        """Sample as at inference, with gradients and torch's random noise: [P, D] to [P, D]."""
+        """Sample as at inference, with gradients and torch's random noise: [P, D] to [P, D].
 
-        def predict_x0(x: Tensor, step: int) -> Tensor:
+        Without diffusion (`head.diffusion`), the condition itself.
+        """
+        if not self.config.diffusion:
+            return condition
+
+        def network(x: Tensor, step: int) -> Tensor:
             t = self.indices[step].expand(len(x))
             return ops.denoise(self.denoiser, x, condition, t, self.config.guidance)
 
         def noise_of(step: int) -> Tensor:
             return torch.randn_like(condition)
 
-        return run_sampler(predict_x0, self.coefficients, self.noises, noise_of)
+        return run_sampler(network, self.coefficients, self.noises, noise_of)

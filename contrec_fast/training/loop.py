@@ -1,132 +1,243 @@
 """Training from a dataset to a ContRec model."""
 
 import math
-import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from contrec_fast.config import Config
+from contrec_fast.config import Config, TrainingConfig
 from contrec_fast.data.interactions import Dataset
-from contrec_fast.data.prompts import Prompts, response_text
-from contrec_fast.environment import default_device
-from contrec_fast.models.backbone import load_backbone, make_tiny_backbone
-from contrec_fast.models.contrec import ContRec, make_tokenizer
-from contrec_fast.models.lightgcn import whiten
+from contrec_fast.data.prompts import Prompts, Window
+from contrec_fast.models.cold_start import fit_text_map
+from contrec_fast.models.contrec import ContRec
 from contrec_fast.models.schedules import respaced_indices
-from contrec_fast.training.pretraining import train_lightgcn, train_tokenizer
+from contrec_fast.training.build import build
+from contrec_fast.training.checkpoint import Checkpoints
+from contrec_fast.training.report import TrainingLog
+
+CHECK_EVERY = 20  # steps between looks at the losses, each of which waits for the device
 
 
-def train(dataset: Dataset, config: Config, progress) -> ContRec:
+def train(
+    dataset: Dataset,
+    config: Config,
+    progress,
+    checkpoint: Path | None = None,
+    log: TrainingLog | None = None,
+) -> ContRec:
     """Train all stages on a dataset's histories; its held-out targets are not looked at.
+
+    With `training.patience`, the number of epochs is found first, on the last item of each
+    history; the model is then trained anew on everything for as many. Started with `accelerate
+    launch` or `torchrun`, processes share each epoch's batches.
 
     Args:
         progress: shows long work; `progress.stage(name, total)` returns the function that each
-        stage calls after every unit of work with the figures to show.
+        stage calls after every unit of work with the figures to show. checkpoint: folder in
+        which the state is kept after every epoch, and from which an interrupted run goes on to
+        the same weights. log: records the figures of every epoch.
 
     Raises:
-        ValueError: no user has two items, or the configuration does not fit together.
+        ValueError: no user has two items, the configuration does not fit together, or the
+        checkpoints are of another run.
         FloatingPointError: a loss is not finite.
     """
-    torch.manual_seed(config.seed)
     if not any(len(history) > 1 for history in dataset.histories):
         raise ValueError("histories: expected a user with at least two items, found none")
-    respaced_indices(config.head.timesteps, config.head.steps)  # refused now, not after pretraining
-    backbone, text_tokenizer = _backbone(dataset, config)
-    advance = progress.stage("LightGCN", config.lightgcn.epochs)
-    vectors = whiten(train_lightgcn(dataset, config.lightgcn, advance)[1])
-
-    tokenizer = make_tokenizer(config, vectors.shape[1], backbone.config.hidden_size)
-    advance = progress.stage("Tokenizer", config.tokenizer.epochs)
-    report = train_tokenizer(tokenizer, vectors, config.tokenizer, advance)
-    progress.say(f"tokenizer keeps {report['explained']:.0%} of the variance of the item vectors")
-    with torch.no_grad():
-        tokens = tokenizer.encode(vectors)
-        # Continuous tokens enter at the scale of the text embeddings beside them.
-        text_scale = backbone.get_input_embeddings().weight.square().mean().sqrt()
-        tokens *= text_scale / tokens.square().mean().sqrt().clamp(min=1e-12)
-    model = ContRec(config, backbone, text_tokenizer, tokenizer, vectors, tokens)
-    model.to(default_device())
-    _train_model(model, dataset, config, progress)
-    return model.eval()
+    # Refused now, not after pretraining.
+    respaced_indices(config.head.timesteps, config.head.steps)
+    checkpoints = Checkpoints(checkpoint, dataset, config)
+    run = _Run(config, progress, checkpoints, log)
+    state = checkpoints.state
+    if state:
+        progress.say(f"going on after epoch {state['epoch']} ({state['phase']})")
+    if config.training.patience and state.get("phase") != "final":
+        searched, best = run.search(dataset.for_validation())
+        checkpoints.save({"phase": "final", "epoch": 0, "stop": best, "searched": searched})
+        progress.say(f"best epoch {best} of {searched}; training anew on everything")
+    model = run.final(dataset)
+    model.dataset = dataset
+    return model
 
 
-def _backbone(dataset: Dataset, config: Config):
-    """The configured language model; a tiny one goes through a folder like any other."""
-    if config.backbone.path != "tiny":
-        return load_backbone(config.backbone.path)
-    items = dataset.items
-    texts = [response_text(*pair) for pair in zip(items.titles, items.categories)]
-    with tempfile.TemporaryDirectory() as folder:
-        make_tiny_backbone(texts, config.backbone, folder)
-        return load_backbone(folder)
+class _Run:
+    """What the phases of a training run share."""
+
+    def __init__(self, config: Config, progress, checkpoints: Checkpoints, log):
+        self.config, self.progress, self.checkpoints, self.log = config, progress, checkpoints, log
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.training.precision == "bf16" else "no",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+
+    def search(self, dataset: Dataset) -> tuple[int, int]:
+        """Epochs tried, and which of them had the best validation NDCG@10."""
+        t, state = self.config.training, dict(self.checkpoints.state)
+        state = state or {"phase": "search", "epoch": 0, "best": -1.0, "best_epoch": 0}
+        for model, figures in self._epochs(dataset, state, t.epochs):
+            figures["ndcg@10"] = _validate(model, dataset)
+            if figures["ndcg@10"] > state["best"]:
+                state |= {"best": figures["ndcg@10"], "best_epoch": state["epoch"]}
+            self._record(state["epoch"], figures)
+            if state["epoch"] - state["best_epoch"] >= t.patience:
+                break
+        return state["epoch"], state["best_epoch"]
+
+    def final(self, dataset: Dataset) -> ContRec:
+        """The model after the last epoch, in evaluation mode."""
+        state = dict(self.checkpoints.state) or {"phase": "final", "epoch": 0, "searched": 0}
+        model = None
+        for model, figures in self._epochs(
+            dataset, state, state.get("stop", self.config.training.epochs)
+        ):
+            self._record(state["searched"] + state["epoch"], figures)
+        model = model.eval()
+        model.update_tokens()
+        if self.adapters is not None:
+            model.backbone = self.adapters.merge_and_unload()
+        fit_text_map(model, dataset.items)
+        return model
+
+    def _record(self, epoch: int, figures: dict[str, float]) -> None:
+        if self.log and self.accelerator.is_main_process:
+            self.log.epoch(epoch, **figures)
+
+    def _epochs(self, dataset: Dataset, state: dict, stop: int):
+        """Train up to epoch `stop`, yielding (model, figures) after each; `state` is kept up.
+
+        The state that a checkpoint holds is that of the caller, after it has dealt with the epoch.
+        """
+        config, t, accelerator = self.config, self.config.training, self.accelerator
+        resumed = self.checkpoints.has_weights
+        model, self.adapters = build(dataset, config, self.progress, pretrain=not resumed)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay)
+        wrapped, stepper = accelerator.prepare(model, optimizer)
+        if resumed:
+            self.checkpoints.restore(model, optimizer)
+        else:
+            self._save(state, model, optimizer)
+        prompts = Prompts(
+            dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
+        )
+        steps = len(self._batches(dataset, 0))
+        advance = self.progress.stage("ContRec", (stop - state["epoch"]) * steps)
+        if stop == state["epoch"]:
+            yield model, {}
+        for epoch in range(state["epoch"], stop):
+            torch.manual_seed(_mix(config.seed, epoch, accelerator.process_index))
+            rng = np.random.default_rng([config.seed, epoch, 1])
+            model.train()
+            meter = _Meter(epoch, t)
+            for step, windows in enumerate(self._batches(dataset, epoch), 1):
+                factor = _warmup_cosine(epoch * steps + step - 1, t, t.epochs * steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = t.learning_rate * factor
+                batch = prompts.training_batch(windows, rng).to(accelerator.device)
+                with accelerator.autocast():
+                    losses = wrapped(batch)
+                loss = sum(getattr(t, f"{name}_weight") * value for name, value in losses.items())
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(parameters, t.clip_norm)
+                stepper.step()
+                meter.add(losses, len(windows))
+                if step % CHECK_EVERY == 0 or step == steps:
+                    meter.look()
+                advance(**meter.figures)
+            state["epoch"] = epoch + 1
+            model.update_tokens()
+            yield model, meter.figures | {"learning_rate": t.learning_rate * factor}
+            self._save(state, model, optimizer)
+
+    def _save(self, state: dict, model: ContRec, optimizer) -> None:
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(dict(state), model, optimizer)
+        self.accelerator.wait_for_everyone()
+
+    def _batches(self, dataset: Dataset, epoch: int) -> list[list[Window]]:
+        """This process's share of an epoch's batches; all processes get equally many."""
+        batches = epoch_batches(
+            dataset, self.config, np.random.default_rng([self.config.seed, epoch])
+        )
+        number, processes = self.accelerator.process_index, self.accelerator.num_processes
+        whole = max(len(batches) // processes, 1) * processes
+        return (batches * processes)[:whole][number::processes]
 
 
-def _train_model(model: ContRec, dataset: Dataset, config: Config, progress) -> None:
-    t = config.training
-    prompts = Prompts(dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt)
-    rng = np.random.default_rng(config.seed)
-    per_epoch = len(_batches(dataset, config, np.random.default_rng(config.seed)))
-    total = t.epochs * per_epoch
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _warmup_cosine(step, min(t.warmup_steps, total // 2), total)
-    )
-    weights = {
-        "diffusion": t.diffusion_weight,
-        "dispersive": t.dispersive_weight,
-        "ranking": t.ranking_weight,
-        "text": t.text_weight,
-    }
-    advance = progress.stage("ContRec", t.epochs)
-    model.train()
-    for epoch in range(t.epochs):
-        sums, users = dict.fromkeys(weights, 0.0), 0
-        for windows in _batches(dataset, config, rng):
-            batch = prompts.training_batch(windows).to(model.item_vectors.device)
-            losses = model.losses(batch)
-            loss = sum(weights[name] * value for name, value in losses.items())
-            if not math.isfinite(loss.item()):
-                got = loss.item()
-                raise FloatingPointError(f"epoch {epoch + 1}: expected a finite loss, got {got}")
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, t.clip_norm)
-            optimizer.step()
-            schedule.step()
-            users += len(windows)
-            for name, value in losses.items():
-                sums[name] += value.item() * len(windows)
-        advance(**{name: value / users for name, value in sums.items()})
+class _Meter:
+    """Means of an epoch's losses over its users, and users per second."""
+
+    def __init__(self, epoch: int, training: TrainingConfig):
+        self.epoch, self.started = epoch, time.monotonic()
+        self.figures: dict[str, float] = {}
+        self._sums, self._users = {}, 0
+
+    def add(self, losses: dict[str, torch.Tensor], users: int) -> None:
+        self._users += users
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach() * users
+
+    def look(self) -> None:
+        """Bring `figures` up to date; FloatingPointError if a loss was not finite."""
+        means = {name: float(total) / self._users for name, total in self._sums.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"epoch {self.epoch + 1}: expected a finite {name} loss, got {mean}"
+                )
+        rate = self._users / max(time.monotonic() - self.started, 1e-9)
+        self.figures = means | {"rate": rate}
 
 
-def _batches(dataset: Dataset, config: Config, rng: np.random.Generator) -> list[list[np.ndarray]]:
-    """One epoch: histories cut into windows of at most `history` + 1 items, in batches.
+def epoch_batches(dataset: Dataset, config: Config, rng: np.random.Generator) -> list[list[Window]]:
+    """One epoch: windows of histories, of at most `prompt.history` + 1 items, in batches.
 
     They cover every history; where a long one is cut is random, except that its last window
     ends with it. Windows of similar length share a batch, which saves padding.
     """
     size = config.prompt.history
-    windows = []
+    windows, lengths = [], []
     for history in dataset.histories:
         parts = math.ceil((len(history) - 1) / size)
         shift = int(rng.integers(max(parts * size - len(history) + 2, 1)))
         for part in range(parts):
             end = len(history) - part * size + (shift if part else 0)
-            windows.append(history[max(0, end - size - 1) : end])
+            windows.append(Window(history[:end], max(0, end - size - 1)))
+            lengths.append(end - windows[-1].start)
     order = rng.permutation(len(windows))
     chunk = 16 * config.training.batch_size
     batches = []
     for start in range(0, len(order), chunk):
-        near = sorted(order[start : start + chunk], key=lambda i: len(windows[i]))
+        near = sorted(order[start : start + chunk], key=lengths.__getitem__)
         for first in range(0, len(near), config.training.batch_size):
             batches.append([windows[i] for i in near[first : first + config.training.batch_size]])
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _warmup_cosine(step: int, warmup: int, total: int) -> float:
+def _validate(model: ContRec, dataset: Dataset) -> float:
+    """NDCG@10 of the latent path on a dataset's targets."""
+    from contrec_fast.engine import Recommender
+    from contrec_fast.evaluation.metrics import rank_metrics
+
+    rows = np.flatnonzero(dataset.targets >= 0)
+    k = min(10, len(dataset.items))
+    lists = Recommender(model, dataset, text=False).recommend(rows, k)
+    ids = np.pad(lists.ids, ((0, 0), (0, 10 - k)), constant_values=-1)
+    return rank_metrics(ids, dataset.targets[rows], (10,))["ndcg@10"]
+
+
+def _warmup_cosine(step: int, training: TrainingConfig, total: int) -> float:
     """Learning-rate factor: linear warm-up, then half a cosine down to zero."""
+    warmup = min(training.warmup_steps, total // 2)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

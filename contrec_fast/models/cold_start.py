@@ -1,0 +1,158 @@
+"""New items without training: from their text, or from who chose them.
+
+Text: a linear map from the language model's text embedding of an item to its vector, fitted by
+ridge regression on the catalog. Interactions: the mean direction of what the model samples for the
+users that chose the item, from their histories up to then.
+"""
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrec_fast.data import Dataset, Items
+from contrec_fast.data.templates import response_text
+
+BATCH = 256
+PENALTIES = torch.logspace(-4, 4, 17, dtype=torch.float64)
+
+
+@torch.inference_mode()
+def embed_texts(model, titles: list[str], categories: list[str]) -> Tensor:
+    """Mean last hidden states [N, H] of the response sentence that names each item."""
+    limit = model.config.prompt.title_length
+    texts = [response_text(title[:limit], category) for title, category in zip(titles, categories)]
+    device, parts = model.item_vectors.device, []
+    for start in range(0, len(texts), BATCH):
+        tokens = model.text_tokenizer(
+            texts[start : start + BATCH], add_special_tokens=False, split_special_tokens=True,
+            padding=True, return_tensors="pt",
+        ).to(device)  # fmt: skip
+        mask = tokens.attention_mask
+        hidden = model.backbone.base_model(
+            input_ids=tokens.input_ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        parts.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+    return torch.cat(parts).float()
+
+
+def fit_text_map(model, items: Items) -> None:
+    """Fit `model.text_map` so that an item's text gives its vector."""
+    features = embed_texts(model, items.titles, items.categories)
+    model.text_map.copy_(ridge_map(features, model.item_vectors.detach()))
+
+
+def ridge_map(features: Tensor, targets: Tensor) -> Tensor:
+    """Ridge regression with intercept; the penalty of least leave-one-out error.
+
+    That error is exact and costs one eigendecomposition (the PRESS statistic; Allen, 1974).
+
+    Args:
+        features: [N, H]. targets: [N, D].
+
+    Returns:
+        [H + 1, D] in the targets' dtype, the intercept last. Computed in float64.
+    """
+    x, y = features.double(), targets.double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    left, singular, right = torch.linalg.svd(x - mean_x, full_matrices=False)
+    projected = left.T @ (y - mean_y)
+    best, weight = torch.inf, x.new_zeros(x.shape[1], y.shape[1])
+    for penalty in PENALTIES.tolist():
+        ridge = penalty * len(x)
+        shrink = singular.square() / (singular.square() + ridge)
+        residual = y - mean_y - left @ (shrink[:, None] * projected)
+        leverage = (left.square() * shrink).sum(1) + 1 / len(x)
+        error = (residual / (1 - leverage).clamp(min=1e-9)[:, None]).square().mean().item()
+        if error < best:
+            best = error
+            weight = right.T @ ((singular / (singular.square() + ridge))[:, None] * projected)
+    return torch.cat([weight, (mean_y - mean_x @ weight)[None]]).to(targets.dtype)
+
+
+@torch.inference_mode()
+def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = None) -> None:
+    """Extend a model's catalog; the new items are recommended at once.
+
+    Args:
+        model: ContRec with a dataset. frame: columns item_id, title and, optionally, category.
+        interactions: columns user_id, item_id: known users that chose a new item next, after
+        the history that the model knows of them; items without any go by their text.
+
+    Raises:
+        ValueError: missing columns, an id that is taken or comes twice, an unknown user or item,
+        or an item with neither text nor interactions, in one line.
+    """
+    dataset = model.dataset
+    if dataset is None:
+        raise ValueError("model: expected one with a dataset, which names users and items")
+    ids, titles, categories = _columns(frame)
+    taken = set(dataset.items.ids)
+    for item in ids:
+        if item in taken:
+            raise ValueError(f"item_id: expected ids that are new and different, got {item!r}")
+        taken.add(item)
+    users = _users_of(dataset, ids, interactions)
+    for item, title, category, rows in zip(ids, titles, categories, users):
+        if not (title or category or rows):
+            raise ValueError(f"title: expected a text or an interaction for {item!r}, got none")
+    if not ids:
+        return
+    features = embed_texts(model, titles, categories)
+    vectors = F.pad(features, (0, 1), value=1.0) @ model.text_map
+    for position, rows in enumerate(users):
+        if rows:
+            vectors[position] = _direction(model, dataset, rows)
+    # At the length that the catalog's vectors have: tokens are made from them, too.
+    length = model.item_vectors.norm(dim=-1).mean()
+    vectors = F.normalize(vectors, dim=-1) * length
+    items = dataset.items
+    model.dataset = Dataset(
+        Items(items.ids + ids, items.titles + titles, items.categories + categories),
+        dataset.user_ids,
+        dataset.histories,
+        dataset.targets,
+    )
+    model.item_vectors = torch.nn.Parameter(
+        torch.cat([model.item_vectors, vectors]), requires_grad=model.item_vectors.requires_grad
+    )
+    model.collaborative = torch.cat([model.collaborative, vectors])
+    model.item_tokens = torch.cat([model.item_tokens, model.encode(vectors)])
+
+
+def _direction(model, dataset: Dataset, rows: list[int]) -> Tensor:
+    """Mean of the unit vectors sampled for some users [D]."""
+    from contrec_fast.engine import Recommender
+
+    recommender = Recommender(model, dataset, text=False)
+    batch = recommender.prompts.inference_batch([dataset.histories[row] for row in rows])
+    condition = model.read(batch.to(model.item_vectors.device))
+    return F.normalize(recommender.vectors(condition, recommender.keys[rows])[0], dim=-1).mean(0)
+
+
+def _columns(frame: pd.DataFrame) -> tuple[list[str], list[str], list[str]]:
+    missing = [name for name in ("item_id", "title") if name not in frame]
+    if missing:
+        raise ValueError(
+            f"frame: expected columns item_id, title and optionally category, "
+            f"found no {missing[0]} among {', '.join(map(str, frame.columns))}"
+        )
+    columns = [frame[name] if name in frame else pd.Series("", frame.index)
+               for name in ("item_id", "title", "category")]  # fmt: skip
+    return tuple(column.fillna("").astype(str).tolist() for column in columns)
+
+
+def _users_of(dataset: Dataset, ids: list[str], interactions) -> list[list[int]]:
+    """User rows that chose each new item."""
+    users = [[] for _ in ids]
+    if interactions is None:
+        return users
+    row_of = {user: row for row, user in enumerate(dataset.user_ids)}
+    place = {item: position for position, item in enumerate(ids)}
+    pairs = zip(interactions["user_id"].astype(str), interactions["item_id"].astype(str))
+    for user, item in pairs:
+        if user not in row_of or item not in place:
+            wrong = f"user {user!r}" if user not in row_of else f"item {item!r}"
+            raise ValueError(f"interactions: expected known users and new items, got {wrong}")
+        users[place[item]].append(row_of[user])
+    return users

@@ -1,0 +1,100 @@
+"""Checkpoints: one safetensors file, replaced whole, from which training goes on exactly."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from contrec_fast.config import Config
+from contrec_fast.data.interactions import Dataset
+
+FILE = "checkpoint.safetensors"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+
+
+class Checkpoints:
+    """The latest state of one training run in a folder (None keeps nothing).
+
+    Random numbers need no saving: training seeds them anew for every epoch.
+
+    Attributes:
+        state: what the last `save` was given, {} for a new run. has_weights: a model is saved.
+
+    Raises:
+        ValueError: the folder belongs to other data or settings, or cannot be read.
+    """
+
+    def __init__(self, folder: Path | None, dataset: Dataset, config: Config):
+        self.path = None if folder is None else Path(folder) / FILE
+        self.fingerprint = "" if folder is None else _fingerprint(dataset, config)
+        self.state, self.has_weights = {}, False
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            with safe_open(self.path, "pt") as file:
+                self.state = json.loads(file.metadata()["state"])
+                self.has_weights = bool(file.keys())
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: expected a checkpoint, got {error}") from None
+        if self.state.pop("fingerprint", None) != self.fingerprint:
+            raise ValueError(
+                f"{self.path.parent}: expected checkpoints of the same data and settings, got "
+                "those of another run; remove the folder to start anew"
+            )
+
+    def save(self, state: dict, model: nn.Module | None = None, optimizer=None) -> None:
+        """Replace the checkpoint: `state` (JSON), and the model and optimizer if given."""
+        self.state, self.has_weights = state, model is not None
+        if self.path is None:
+            return
+        tensors = dict(_saved(model)) if model else {}
+        for name, parameter in model.named_parameters() if model else ():
+            moments = optimizer.state.get(parameter, {})
+            tensors |= {f"{kind}:{name}": moments[kind] for kind in MOMENTS if kind in moments}
+        metadata = {"state": json.dumps(state | {"fingerprint": self.fingerprint})}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{FILE}")
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary, metadata)
+        os.replace(temporary, self.path)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module, optimizer) -> None:
+        """Put what was saved into a model and an optimizer of the same architecture."""
+        with safe_open(self.path, "pt") as file:
+            saved = set(file.keys())
+            for name, tensor in _saved(model):
+                tensor.copy_(file.get_tensor(name))
+            for name, parameter in model.named_parameters():
+                if f"step:{name}" in saved:
+                    moments = {kind: file.get_tensor(f"{kind}:{name}") for kind in MOMENTS}
+                    # AdamW counts its steps on the CPU.
+                    optimizer.state[parameter] = {
+                        kind: value if kind == "step" else value.to(parameter.device)
+                        for kind, value in moments.items()
+                    }
+
+
+def _saved(model: nn.Module):
+    """(name, tensor) of all that training or pretraining decides; not a frozen language model."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not name.startswith("backbone."):
+            yield name, parameter
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict() and not name.startswith("backbone."):
+            yield name, buffer
+
+
+def _fingerprint(dataset: Dataset, config: Config) -> str:
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config)).encode())
+    items = dataset.items
+    for column in (dataset.user_ids, items.ids, items.titles, items.categories):
+        digest.update(json.dumps(column).encode())
+    for history in dataset.histories:
+        digest.update(history.tobytes() + b"|")
+    return digest.hexdigest()
