@@ -35,12 +35,12 @@ class PromptBatch:
     """A batch of B prompts, which show I different items in all.
 
     token_ids, rows: [B, L] int64, as `ops.gather_tokens` takes them; rows refer to the K tokens
-    of each of `items`, then to the K tokens of each user. attention_mask: [B, L] int64. labels:
-    [B, L] text to learn, else -100. items: [I] item indices. shown: [B, M] item indices in order,
-    padded with -1 at the end. older, older_offsets: what the users chose before, item indices, and
-    [B] where each user's begin. read_row, read_column: [P] where conditions are read. read_item: [P] which
-    item of `shown` that is. next_items: [P] the item that follows there, -1 if unknown.
-    answers: [B, S] token ids of the response, padded with -1 (S = 0 without one).
+    of each of `items`, then to the K tokens of each user. attention_mask: [B, L] int64.
+    labels: [B, L] text to learn, else -100. items: [I] item indices. shown: [B, M] item indices
+    in order, -1 behind the last. older, older_offsets: items that the users chose before, and
+    [B] where each user's begin. read_row, read_column: [P] where conditions are read.
+    read_item: [P] which item of `shown` that is. next_items: [P] the item that follows there,
+    -1 if unknown. answers: [B, S] token ids of the response, -1 behind its end; S may be 0.
     """
 
     token_ids: Tensor

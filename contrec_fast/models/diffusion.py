@@ -1,7 +1,6 @@
 """The diffusion head: a denoiser, its noise schedule and its training losses."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrec_fast import ops

@@ -77,7 +77,10 @@ class _Run:
         """Epochs tried, and which of them had the best validation NDCG@10."""
         t, state = self.config.training, dict(self.checkpoints.state)
         state = state or {"phase": "search", "epoch": 0, "best": -1.0, "best_epoch": 0}
-        for model, figures in self._epochs(dataset, state, t.epochs):
+        left = t.epochs if state["epoch"] - state["best_epoch"] < t.patience else state["epoch"]
+        for model, figures in self._epochs(dataset, state, left):
+            if figures is None:
+                break
             figures["ndcg@10"] = _validate(model, dataset)
             if figures["ndcg@10"] > state["best"]:
                 state |= {"best": figures["ndcg@10"], "best_epoch": state["epoch"]}
@@ -89,12 +92,11 @@ class _Run:
     def final(self, dataset: Dataset) -> ContRec:
         """The model after the last epoch, in evaluation mode."""
         state = dict(self.checkpoints.state) or {"phase": "final", "epoch": 0, "searched": 0}
-        model = None
-        for model, figures in self._epochs(
-            dataset, state, state.get("stop", self.config.training.epochs)
-        ):
-            self._record(state["searched"] + state["epoch"], figures)
-        model = model.eval()
+        stop = state.get("stop", self.config.training.epochs)
+        for trained, figures in self._epochs(dataset, state, stop):
+            model = trained.eval()
+            if figures is not None:
+                self._record(state["searched"] + state["epoch"], figures)
         model.update_tokens()
         if self.adapters is not None:
             model.backbone = self.adapters.merge_and_unload()
@@ -107,6 +109,8 @@ class _Run:
 
     def _epochs(self, dataset: Dataset, state: dict, stop: int):
         """Train up to epoch `stop`, yielding (model, figures) after each; `state` is kept up.
+
+        If none is left, (model, None) once.
 
         The state that a checkpoint holds is that of the caller, after it has dealt with the epoch.
         """
@@ -126,7 +130,7 @@ class _Run:
         steps = len(self._batches(dataset, 0))
         advance = self.progress.stage("ContRec", (stop - state["epoch"]) * steps)
         if stop == state["epoch"]:
-            yield model, {}
+            yield model, None
         for epoch in range(state["epoch"], stop):
             torch.manual_seed(_mix(config.seed, epoch, accelerator.process_index))
             rng = np.random.default_rng([config.seed, epoch, 1])
