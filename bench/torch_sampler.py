@@ -27,7 +27,8 @@ class TorchSampler(nn.Module):
     Args:
         denoiser: MLPDenoiser of width D; its parameters are copied.
         timestep_indices: [steps] int64, in execution order.
-        coefficients: [steps, 3] float64, (c_x0, c_x, sigma) of each executed step.
+        coefficients: [steps, 6] float64 of each executed step; none may use the prediction of
+        the step before (ValueError).
         guidance: w of classifier-free guidance.
         dtype: of weights and products; the state is fp32, or float64 with float64 weights.
         compiled: torch.compile the step.
@@ -46,6 +47,11 @@ class TorchSampler(nn.Module):
         self.guidance = guidance
         self.dtype = dtype
         self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        c_x0, c_x, sigma, c_previous, p_x, p_f = coefficients.unbind(1)
+        if c_previous.any():
+            raise ValueError("coefficients: expected a solver of one step, got a multistep one")
+        # In terms of the network's output: its coefficient, the state's, the noise's.
+        coefficients = torch.stack([c_x0 * p_f, c_x0 * p_x + c_x, sigma], dim=1)
         self.scalars = coefficients.tolist()
         # [steps, 4]: with a fourth column every row is aligned, as compiled kernels want it.
         self.coefficients = F.pad(coefficients, (0, 1)).to(denoiser.null_condition.device)
@@ -84,8 +90,8 @@ class TorchSampler(nn.Module):
     def _fused_step(self, x, branches, time, noise, coefficients):
         # The same for the compiler, which fuses it: the coefficients are tensors, because numbers
         # would be compiled in, once per step.
-        x0 = self._hidden(x, branches, time) @ self.output
-        return noise + coefficients[1] * x + coefficients[0] * x0
+        f = self._hidden(x, branches, time) @ self.output
+        return noise + coefficients[1] * x + coefficients[0] * f
 
     def forward(self, condition: Tensor, noise: Tensor | None = None) -> Tensor:
         """Sample.
@@ -101,10 +107,10 @@ class TorchSampler(nn.Module):
         if noise is None:
             noise = torch.randn(steps, batch, dim, device=condition.device, dtype=self.state_dtype)
         noise = noise.to(self.state_dtype)
-        c_x0, _, sigma, _ = self.coefficients.T[:, :, None, None]  # [steps, 1, 1] each
+        c_f, _, sigma, _ = self.coefficients.T[:, :, None, None]  # [steps, 1, 1] each
         # What a step adds whatever x is: its scaled noise and its share of the output bias.
-        added = torch.addcmul(c_x0[:-1] * self.output_bias, sigma[:-1], noise[1:])
-        last = (c_x0[-1] * self.output_bias).expand(batch, dim).contiguous()
+        added = torch.addcmul(c_f[:-1] * self.output_bias, sigma[:-1], noise[1:])
+        last = (c_f[-1] * self.output_bias).expand(batch, dim).contiguous()
         projected = condition.to(self.dtype) @ self.of_condition
         branches = torch.stack([projected, self.null.expand_as(projected)])  # [2, B, 2D]
         numbers = self.coefficients if self.compiled else self.scalars

@@ -50,12 +50,13 @@ def solve(network, noise, bars, indices, method, prediction):
             return x0
         after = bars[indices[i + 1]]
         if method == "ddpm":
-            beta = 1 - bars[n] / after
-            if prediction == "x0":  # arXiv 2006.11239, equation 7
-                weights = math.sqrt(after) * beta, math.sqrt(1 - beta) * (1 - after)
+            kept = bars[n] / after
+            beta = 1 - kept
+            if prediction != "eps":  # arXiv 2006.11239, equation 7
+                weights = math.sqrt(after) * beta, math.sqrt(kept) * (1 - after)
                 mean = (weights[0] * x0 + weights[1] * x) / (1 - bars[n])
             else:  # equation 11
-                mean = (x - beta / sigma * eps) / math.sqrt(1 - beta)
+                mean = (x - beta / sigma * eps) / math.sqrt(kept)
             x = mean + math.sqrt(beta * (1 - after) / (1 - bars[n])) * noise[i + 1]
         elif method == "ddim":  # arXiv 2010.02502, equation 12, eta = 0
             x = math.sqrt(after) * x0 + math.sqrt(1 - after) * eps

@@ -233,11 +233,12 @@ def test_probes_compile(tmp_path):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
 @pytest.mark.parametrize(("batch", "dim", "guidance"), [(1, 4, 2.0), (3, 7, 0.0), (129, 8, 2.0)])
-def test_torch_sampler_follows_the_plan(batch, dim, guidance, compiled):
+def test_torch_sampler_follows_the_plan(batch, dim, guidance, prediction, compiled):
     steps = 5
     denoiser = MLPDenoiser(dim).double().requires_grad_(False)
-    plan = plan_sampling(denoiser, timesteps=steps, guidance=guidance)
+    plan = plan_sampling(denoiser, timesteps=steps, guidance=guidance, prediction=prediction)
     sampler = TorchSampler.from_plan(denoiser, plan, guidance, torch.float64, compiled)
     if compiled:
         sampler.step = sampler._fused_step  # what would be compiled, without the compiler
@@ -249,6 +250,12 @@ def test_torch_sampler_follows_the_plan(batch, dim, guidance, compiled):
     assert torch.equal(noise, given)
     fresh = sampler(condition)
     assert fresh.shape == expected.shape and not torch.allclose(fresh, expected)
+
+
+def test_torch_sampler_refuses_a_multistep_solver():
+    plan = plan_sampling(MLPDenoiser(4), timesteps=5, method="dpm++")
+    with pytest.raises(ValueError, match="^coefficients: .*multistep"):
+        TorchSampler.from_plan(MLPDenoiser(4), plan, 2.0, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

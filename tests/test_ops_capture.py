@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from contrec_fast import ops
+from contrec_fast.models.schedules import METHODS
 
 FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
 
@@ -40,7 +41,7 @@ def test_the_check_sees_both_kinds_of_waiting():
     refuses(lambda: torch.ones(3).to("meta"))
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampling_never_waits(kind, method):
     denoiser = make_denoiser(kind, 8, torch.float32).to("meta")

@@ -51,8 +51,9 @@ def denoise_case(kind):
     return denoise, (torch.randn(4, 6), torch.randn(4, 6), torch.arange(4))
 
 
-def sample_case(kind, **options):
-    plan = ops.plan_sampling(make_denoiser(kind, 6, torch.float32), timesteps=20, steps=3)
+def sample_case(kind, settings=None, **options):
+    denoiser = make_denoiser(kind, 6, torch.float32)
+    plan = ops.plan_sampling(denoiser, timesteps=20, steps=3, **(settings or {}))
 
     def sample(condition, seed, user_ids):
         return plan(condition, seed=seed, user_ids=user_ids, **options)
@@ -67,6 +68,7 @@ CASES = {
     **{f"denoise-{kind}": lambda kind=kind: denoise_case(kind) for kind in KINDS},
     **{f"sample-{kind}": lambda kind=kind: sample_case(kind) for kind in KINDS},
     "sample-several": lambda: sample_case("mlp", samples=3),
+    "sample-multistep": lambda: sample_case("mlp", {"method": "dpm++", "prediction": "v"}),
 }
 
 
@@ -176,8 +178,10 @@ def test_operator_of_topk():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_operator_of_sample(kind):
-    plan = ops.plan_sampling(make_denoiser(kind, 6, torch.float32), timesteps=9, steps=3)
-    for samples, noise in [(1, None), (2, None), (1, torch.randn(1, 3, 4, 6))]:
+    denoiser = make_denoiser(kind, 6, torch.float32)
+    scripted = torch.randn(1, 3, 4, 6)
+    for samples, noise, method in [(1, None, "ddpm"), (2, None, "dpm++"), (1, scripted, "ddpm")]:
+        plan = ops.plan_sampling(denoiser, timesteps=9, steps=3, method=method)
         arguments = (
             torch.randn(4, 6), torch.tensor(3), torch.arange(4), samples, noise, plan.weights,
             plan.times, plan.coefficients, plan.noises, plan.multistep, plan.description, 2.0,

@@ -125,6 +125,8 @@ BAD_PLANS = [
     (ValueError, "timesteps", {"timesteps": 65536}),
     (ValueError, "timesteps", {"timesteps": 10.0}),
     (ValueError, "method", {"method": "euler"}),
+    (ValueError, "prediction", {"prediction": "score"}),
+    (ValueError, "prediction", {"prediction": None}),
     (ValueError, "steps", {"steps": 0}),
     (ValueError, "steps", {"steps": 201}),
     (ValueError, "steps", {"steps": 2.5}),
@@ -141,14 +143,14 @@ def test_bad_plans(error, name, arguments):
 
 
 def test_noise_shapes_that_are_accepted():
-    for method, entries in [("ddpm", [9]), ("ddim", [1, 9])]:
+    for method, entries in [("ddpm", [9]), ("ddim", [1, 9]), ("dpm++", [1, 9])]:
         plan = ops.plan_sampling(LinearDenoiser(4), timesteps=9, method=method)
         for count in entries:
             noise = torch.randn(count, 3, 4)
             several = torch.stack([noise, noise.flip(2)])
             one, two = plan(H, noise=noise), plan(H, noise=several, samples=2)
             torch.testing.assert_close(two[0], one)
-            if count == 9 and method == "ddim":  # entries after the first are not used
+            if count == 9 and method != "ddpm":  # entries after the first are not used
                 assert torch.equal(plan(H, noise=noise[:1]), one)
     with pytest.raises(ValueError, match="^draw: 'law' needs a LinearDenoiser"):
         ops.plan_sampling(make_denoiser("mlp", 4, torch.float32))(H, draw="law")

@@ -1,55 +1,29 @@
-"""Sampling plans against a step-by-step float64 sampler written here from the papers."""
+"""Sampling plans against a step-by-step float64 sampler written from the papers."""
 
 import math
 
 import pytest
 import torch
 from ops_cases import KINDS, make_denoiser, relative_error
+from sampler_cases import guided_network, naive_alpha_bars, solve
 
 from contrec_fast import ops
-from contrec_fast.models.schedules import alpha_bars
+from contrec_fast.models.schedules import METHODS, PREDICTIONS, SCHEDULES
 from contrec_fast.ops.noise import philox_normal
 from contrec_fast.ops.sampling import linear_law
 
 BACKENDS = ops.backends()["sample"]
-METHODS = ["ddpm", "ddim"]
 
 
-def exp_alpha_bars(timesteps):
-    """The release's schedule, by the product of 1 - beta_n."""
-    grid = [1 + 2 * timesteps * n / max(timesteps - 1, 1) for n in range(timesteps)]
-    betas = [1 - math.exp(-0.1 / timesteps - x * 9.9 / (2 * timesteps**2)) for x in grid]
-    return torch.tensor([1 - beta for beta in betas], dtype=torch.float64).cumprod(0).tolist()
-
-
-def step_by_step(denoiser, condition, noise, indices, timesteps, method, guidance):
-    """The guided reverse chain over the visited steps, in the dtype of the denoiser.
-
-    DDPM: the posterior's mean and variance (arXiv 2006.11239, equation 7). DDIM: the noise
-    that the prediction implies, carried to the next level (arXiv 2010.02502, equation 12).
-    """
-    bars = exp_alpha_bars(timesteps)
-    null = denoiser.null_condition.expand_as(condition)
-    x = noise[0]
-    with torch.no_grad():
-        for i, n in enumerate(indices):
-            t = torch.full((len(condition),), n)
-            conditional, free = denoiser(x, condition, t), denoiser(x, null, t)
-            x0 = (1 + guidance) * conditional - guidance * free
-            here, last = bars[n], i + 1 == len(indices)
-            after = 1.0 if last else bars[indices[i + 1]]
-            if method == "ddim":
-                implied = (x - math.sqrt(here) * x0) / math.sqrt(1 - here)
-                x = math.sqrt(after) * x0 + math.sqrt(1 - after) * implied
-                continue
-            beta = 1 - here / after
-            x = (
-                math.sqrt(after) * beta / (1 - here) * x0
-                + math.sqrt(1 - beta) * (1 - after) / (1 - here) * x
-            )
-            if not last:
-                x = x + math.sqrt(beta * (1 - after) / (1 - here)) * noise[i + 1]
-    return x
+def step_by_step(
+    denoiser, condition, noise, plan, timesteps, method="ddpm", guidance=2.0, prediction="x0",
+    schedule="exp",
+):  # fmt: skip
+    """The guided reverse chain over the plan's steps, in the dtype of the denoiser."""
+    indices = plan.timestep_indices.tolist()
+    network = guided_network(denoiser, condition, indices, guidance)
+    bars = naive_alpha_bars(schedule, timesteps)
+    return solve(network, noise, bars, indices, method, prediction)
 
 
 def visited(timesteps, steps):
@@ -59,16 +33,18 @@ def visited(timesteps, steps):
     return [round((timesteps - 1) * (1 - i / (steps - 1))) for i in range(steps)]
 
 
-def compare(kind, batch, dim, timesteps, steps, method, guidance, backend="auto"):
+def compare(
+    kind, batch, dim, timesteps, steps, method, guidance, backend="auto", prediction="x0",
+    schedule="exp",
+):  # fmt: skip
     denoiser = make_denoiser(kind, dim)
-    plan = ops.plan_sampling(
-        denoiser, timesteps=timesteps, steps=steps, method=method, guidance=guidance
-    )
+    plan = ops.plan_sampling(denoiser, schedule, timesteps, method, steps, guidance, prediction)
     condition = torch.randn(batch, dim, dtype=torch.float64)
     noise = torch.randn(steps, batch, dim, dtype=torch.float64)
     result = plan(condition, noise=noise, backend=backend)
-    indices = plan.timestep_indices.tolist()
-    expected = step_by_step(denoiser, condition, noise, indices, timesteps, method, guidance)
+    expected = step_by_step(
+        denoiser, condition, noise, plan, timesteps, method, guidance, prediction, schedule
+    )
     assert result.shape == (batch, dim) and not result.requires_grad
     assert relative_error(result, expected) < 1e-10
     assert not result.isnan().any()
@@ -81,6 +57,15 @@ def test_equals_the_step_by_step_sampler(kind, method, backend):
     for steps in (1, 2, 5, 23):
         for guidance in (0, 1, 2, 0.5):
             compare(kind, 5, 6, 23, steps, method, guidance, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_prediction_and_method(schedule, prediction, method, backend):
+    for kind, steps, guidance in [("mlp", 4, 2), ("linear", 23, 0), ("adaln", 3, 1.5)]:
+        compare(kind, 3, 6, 23, steps, method, guidance, backend, prediction, schedule)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -98,12 +83,6 @@ def test_the_released_chain(method):
 
 @pytest.mark.parametrize("timesteps", [1, 2, 3, 10, 199, 200])
 def test_steps_and_coefficients(timesteps):
-    torch.testing.assert_close(
-        alpha_bars("exp", timesteps),
-        torch.tensor(exp_alpha_bars(timesteps), dtype=torch.float64),
-        rtol=1e-12,
-        atol=0,
-    )
     for steps in {1, 2, 5, 7, 49, timesteps}:
         if steps > timesteps:
             continue
@@ -116,7 +95,8 @@ def test_steps_and_coefficients(timesteps):
             assert plan.coefficients.shape == (steps, 6)
             assert plan.coefficients.dtype == torch.float64
             assert plan.coefficients[-1].tolist() == [1, 0, 0, 0, 0, 1]
-            assert bool((plan.coefficients[:-1, 2] > 0).all()) == (method == "ddpm" or steps == 1)
+            assert plan.noises == (steps if method == "ddpm" else 1)
+            assert plan.multistep == (method == "dpm++" and steps > 2)
     plan = ops.plan_sampling(make_denoiser("linear", 4), timesteps=timesteps)
     assert plan.timestep_indices.tolist() == list(range(timesteps))[::-1]
 
@@ -135,14 +115,13 @@ def test_several_draws_and_fresh_noise(kind, backend):
             for draw in range(3)
         ]
     ).double()
-    indices = plan.timestep_indices.tolist()
     for result in (
         plan(condition, noise=noise, samples=3, backend=backend),
         plan(condition, seed=99, user_ids=users, samples=3, backend=backend),
     ):
         assert result.shape == (3, 3, 7)
         for drawn, script in zip(result, noise):
-            expected = step_by_step(denoiser, condition, script, indices, 30, "ddpm", 2.0)
+            expected = step_by_step(denoiser, condition, script, plan, 30)
             assert relative_error(drawn, expected) < 1e-10
     one = plan(condition, seed=seed, user_ids=users, backend=backend)
     assert relative_error(one, result[0]) < 1e-12
@@ -204,20 +183,20 @@ def test_odd_widths_differ_by_rounding_only(kind, dim):
 # Identity 1: the linear denoiser's chain is one Gaussian.
 
 
-def propagated(denoiser, plan, timesteps, method, guidance):
+def propagated(denoiser, plan, timesteps, *settings):
     """Mean map, offset and each noise entry's map, by feeding basis vectors to the chain."""
-    dim, indices = denoiser.dim, plan.timestep_indices.tolist()
+    dim = denoiser.dim
     zero = torch.zeros(dim, dim, dtype=torch.float64)
     eye = torch.eye(dim, dtype=torch.float64)
 
     def chain(condition, entry=None):
-        noise = torch.zeros(len(indices), dim, dim, dtype=torch.float64)
+        noise = torch.zeros(plan.steps, dim, dim, dtype=torch.float64)
         if entry is not None:
             noise[entry] = eye
-        return step_by_step(denoiser, condition, noise, indices, timesteps, method, guidance)
+        return step_by_step(denoiser, condition, noise, plan, timesteps, *settings)
 
     rest = chain(zero)
-    maps = [(chain(zero, entry) - rest).T for entry in range(len(indices))]
+    maps = [(chain(zero, entry) - rest).T for entry in range(plan.steps)]
     return (chain(eye) - rest).T, rest[0], maps
 
 
@@ -239,13 +218,16 @@ def with_state_weight(denoiser, rank):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("rank", [6, 2, 0])
-def test_law_of_the_linear_chain(method, steps, rank):
-    for guidance in (0, 1, 2):
+def test_law_of_the_linear_chain(method, prediction, schedule, rank):
+    for steps, guidance in [(1, 1), (2, 0), (5, 2), (20, 0.5)]:
         denoiser = with_state_weight(make_denoiser("linear", 6), rank)
-        plan = ops.plan_sampling(denoiser, "exp", 20, method, steps, guidance)
-        matrix, offset, maps = propagated(denoiser, plan, 20, method, guidance)
+        plan = ops.plan_sampling(denoiser, schedule, 20, method, steps, guidance, prediction)
+        matrix, offset, maps = propagated(
+            denoiser, plan, 20, method, guidance, prediction, schedule
+        )
         found = law_of(denoiser, plan, guidance)
         assert relative_error(found[0], matrix) < 1e-11
         assert relative_error(found[1], offset) < 1e-11
@@ -254,7 +236,7 @@ def test_law_of_the_linear_chain(method, steps, rank):
         condition, z = torch.randn(2, 9, 6, dtype=torch.float64)
         drawn = plan(condition, noise=z[None], draw="law")
         assert relative_error(drawn, condition @ matrix.T + offset + z @ found[2].T) < 1e-11
-        if method == "ddim" or steps == 1:
+        if plan.noises == 1:
             assert relative_error(drawn, plan(condition, noise=z[None])) < 1e-10
 
 
@@ -324,8 +306,9 @@ def test_folded_guidance_and_pre_activation_state(guidance):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_is_as_good_as_a_plain_loop(kind, method, backend):
+def test_bfloat16_is_as_good_as_a_plain_loop(kind, prediction, method, backend):
     low = make_denoiser(kind, 48, torch.bfloat16)
     if kind == "linear":  # the state itself survives the chain: the coefficients' bits matter
         with torch.no_grad():
@@ -334,10 +317,10 @@ def test_bfloat16_is_as_good_as_a_plain_loop(kind, method, backend):
     exact.load_state_dict(low.state_dict())
     condition = torch.randn(33, 48).bfloat16()
     noise = torch.randn(60, 33, 48).bfloat16()
-    plan = ops.plan_sampling(low, timesteps=60, method=method)
-    indices = plan.timestep_indices.tolist()
-    expected = step_by_step(exact, condition.double(), noise.double(), indices, 60, method, 2.0)
-    plain = step_by_step(low, condition, noise, indices, 60, method, 2.0)
+    plan = ops.plan_sampling(low, timesteps=60, method=method, prediction=prediction)
+    settings = plan, 60, method, 2.0, prediction
+    expected = step_by_step(exact, condition.double(), noise.double(), *settings)
+    plain = step_by_step(low, condition, noise, *settings)
     result = plan(condition, noise=noise, backend=backend)
     assert result.dtype == torch.bfloat16
     bound = 2 * relative_error(plain, expected) + 4 * 2.0**-9

@@ -191,6 +191,9 @@ def run_sampler(
 ) -> Tensor:
     """Reverse diffusion step by step, as `sampler_coefficients` says.
 
+    The network sees and returns the dtype of the noise, which the result has, too; in between,
+    a state of 16 bits is kept in float32 (a rounding at every step would pile up).
+
     Args:
         network: (x, step) to its (guided) output f. coefficients: [steps, 6] float64. noises:
         `count_noises(coefficients)`, counted beforehand so that nothing here waits for a GPU (a
@@ -199,18 +202,19 @@ def run_sampler(
         right, False leaves work out.
     """
     x = noise_of(0)
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, x0 = x.to(wide), None
     c_x0, c_x, sigma, c_previous, p_x, p_f = coefficients.unbind(1)
     # A step in terms of f and x: no more work for one prediction than for another.
     rows = torch.stack([c_x0 * p_f, c_x0 * p_x + c_x, sigma, c_previous, p_x, p_f], dim=1)
-    x0 = None
-    for step, (c_f, c_x, sigma, c_previous, p_x, p_f) in enumerate(rows.to(x.dtype).unbind()):
-        f = network(x, step)
+    for step, (c_f, c_x, sigma, c_previous, p_x, p_f) in enumerate(rows.to(wide).unbind()):
+        f = network(x.to(dtype), step).to(wide)
         after = c_f * f + c_x * x
         if multistep:
             if step > 0:
                 after = after + c_previous * x0
             x0 = p_x * x + p_f * f
         if step + 1 < noises:
-            after = after + sigma * noise_of(step + 1)
+            after = after + sigma * noise_of(step + 1).to(wide)
         x = after
-    return x
+    return x.to(dtype)

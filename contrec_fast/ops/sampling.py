@@ -300,14 +300,14 @@ def linear_law(
     x[:, :dim] = covariance = eye
     for (c_x0, c_x, sigma, c_previous, p_x, p_f), constant in zip(coefficients.tolist(), constants):
         f = torch.cat([torch.zeros_like(eye), (1 + guidance) * w_h, constant[:, None]], dim=1)
-        to_x0, before = p_x * eye + p_f * w_x, covariance
-        previous, x0 = x0, to_x0 @ x + p_f * f
+        x0_of_x, before = p_x * eye + p_f * w_x, covariance
+        previous, x0 = x0, x0_of_x @ x + p_f * f
         x = c_x0 * x0 + c_x * x + c_previous * previous
-        step = c_x0 * to_x0 + c_x * eye
+        step = c_x0 * x0_of_x + c_x * eye
         covariance = step @ covariance @ step.T + sigma**2 * eye
     path, matrix, offset = x.split([dim, dim, 1], dim=1)
     ancestral = bool((coefficients[:, 2] > 0).any())
-    factor = to_x0 @ torch.linalg.cholesky(before) if ancestral else path
+    factor = x0_of_x @ torch.linalg.cholesky(before) if ancestral else path
     return tuple(tensor.to(dtype) for tensor in (matrix, offset[:, 0], factor))
 
 
