@@ -1,43 +1,31 @@
-"""Metrics and baselines against plain restatements, the tie rule, and real data."""
+"""Metrics against plain restatements, the tie rule of lists, the protocol, its picture."""
 
+import json
 import math
-import os
-from pathlib import Path
+import xml.etree.ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from evaluation_cases import make_dataset, random_dataset, random_lists
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_cases import Recorder, small_shop, trained_model
 
-from contrec_fast.data import Dataset, Items, read_folder
+from contrec_fast.engine import Recommender
 from contrec_fast.evaluation import (
-    ItemKNN,
     Markov,
-    Popularity,
-    evaluate_baselines,
+    bar_chart,
+    catalog_coverage,
+    list_diversity,
+    paired_bootstrap,
     rank_metrics,
     recommend,
     target_counts,
+    user_metrics,
 )
-
-
-def make_dataset(histories, items, targets=None):
-    names = [str(item) for item in range(items)]
-    blank = [""] * items
-    targets = [-1] * len(histories) if targets is None else targets
-    return Dataset(
-        Items(names, blank, blank),
-        [str(user) for user in range(len(histories))],
-        [np.array(history, dtype=np.int64) for history in histories],
-        np.array(targets, dtype=np.int64),
-    )
-
-
-def random_dataset(seed, users, items, longest=9):
-    rng = np.random.default_rng(seed)
-    histories = [rng.integers(0, items, length) for length in rng.integers(1, longest + 1, users)]
-    return make_dataset(histories, items, rng.integers(-1, items, users))
+from contrec_fast.evaluation.protocol import compare, evaluate
 
 
 def test_metrics_by_hand():
@@ -71,6 +59,9 @@ def test_metrics_agree_with_a_loop(users):
         wanted[f"ndcg@{cutoff}"] = sum(1 / math.log2(r + 1) for r in ranks if r) / len(ranks)
     result = rank_metrics(ids, targets)
     assert result == pytest.approx(wanted)
+    for name, values in user_metrics(ids, targets).items():
+        assert values.shape == (np.sum(targets >= 0),)
+        assert values.mean() == pytest.approx(wanted[name])
     assert all(type(value) is float for value in result.values())
 
 
@@ -98,48 +89,6 @@ def test_target_counts():
     assert target_counts(data) == {"total": 1, "in_history": 0, "unseen": 1}
 
 
-def dense_knn(data):
-    """[U, N] float64, the definition written out on dense matrices."""
-    binary = np.zeros((len(data.histories), len(data.items)))
-    for row, history in enumerate(data.histories):
-        binary[row, history] = 1
-    norms = np.maximum(np.linalg.norm(binary, axis=0), 1)
-    similarity = binary.T @ binary / norms / norms[:, None]
-    np.fill_diagonal(similarity, 0)
-    return binary @ similarity
-
-
-@pytest.mark.parametrize("users, items", [(1, 1), (1, 3), (3, 127), (129, 20), (127, 129)])
-def test_baselines_agree_with_their_definitions(users, items):
-    data = random_dataset(np.random.SeedSequence().entropy, users, items)
-    popularity = np.zeros(items)
-    transitions = np.zeros((items, items))
-    for history in data.histories:
-        for item in history:
-            popularity[item] += 1
-        for before, after in zip(history[:-1], history[1:], strict=True):
-            transitions[before, after] += 1
-    knn = dense_knn(data)
-    markov = transitions[[history[-1] for history in data.histories]] + 0.001 * knn
-    rows = np.random.default_rng().permutation(users)[: users // 2 + 1]
-    for baseline, wanted in (
-        (Popularity(), np.tile(popularity, (users, 1))),
-        (ItemKNN(), knn),
-        (Markov(), markov),
-    ):
-        scores = baseline.fit(data).scores(rows)
-        assert scores.dtype == torch.float32 and scores.shape == (len(rows), items)
-        np.testing.assert_allclose(scores.numpy(), wanted[rows], rtol=1e-6, atol=1e-9)
-
-
-def test_baselines_never_read_targets():
-    data = random_dataset(1, 30, 20)
-    other = Dataset(data.items, data.user_ids, data.histories, np.full(30, 3))
-    for kind in (Popularity, Markov):
-        first, second = kind().fit(data), kind().fit(other)
-        np.testing.assert_array_equal(recommend(first, data, 10), recommend(second, other, 10))
-
-
 class Given:
     def __init__(self, scores):
         self.all_scores = scores
@@ -150,7 +99,7 @@ class Given:
 
 @settings(deadline=None, max_examples=100)
 @given(st.data())
-def test_recommend_orders_by_score_then_index_without_the_history(data):
+def test_recommend_orders_by_score_then_index_with_or_without_the_history(data):
     users, items = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 12))
     # Few different values, so that ties are the rule; both zeros are one value.
     value = st.sampled_from([-2.0, -1e-30, -0.0, 0.0, 1e-30, 1.0, 3e38])
@@ -159,20 +108,21 @@ def test_recommend_orders_by_score_then_index_without_the_history(data):
     item = st.integers(0, items - 1)
     histories = [data.draw(st.lists(item, min_size=1, max_size=items + 2)) for _ in range(users)]
     k, batch = data.draw(st.integers(1, items + 3)), data.draw(st.integers(1, 8))
+    filter_seen = data.draw(st.booleans())
     wanted = np.full((users, k), -1)
     for row, history in enumerate(histories):
-        left = [item for item in range(items) if item not in history]
+        left = [item for item in range(items) if not (filter_seen and item in history)]
         left.sort(key=lambda item: (-scores[row, item].item(), item))
         wanted[row, : len(left)] = left[:k]
     before = scores.clone()
-    ids = recommend(Given(scores), make_dataset(histories, items), k, batch)
+    ids = recommend(Given(scores), make_dataset(histories, items), k, batch, filter_seen)
     assert ids.dtype == np.int64
     np.testing.assert_array_equal(ids, wanted)
     assert torch.equal(scores, before)  # the baseline's own scores are not written to
 
 
 def test_recommend_does_not_depend_on_the_batch():
-    data = random_dataset(2, 129, 60, longest=30)
+    data = random_dataset(129, 60, longest=30)
     baseline = Markov().fit(data)
     whole = recommend(baseline, data, 20, batch=1000)
     for batch in (1, 3, 128):
@@ -181,30 +131,139 @@ def test_recommend_does_not_depend_on_the_batch():
         recommend(baseline, data, 0)
 
 
-def test_evaluate_baselines_on_a_catalog_smaller_than_the_list():
-    # Everybody goes round the circle of five; three items have been seen.
-    data = make_dataset([[i, (i + 1) % 5, (i + 2) % 5] for i in range(5)], 5, [3, 4, 0, 1, 2])
-    result = evaluate_baselines(data)
-    assert result["markov"] == {"hr@10": 1.0, "ndcg@10": 1.0, "hr@20": 1.0, "ndcg@20": 1.0}
-    # Equally popular: two are left, the lower index first: the target, but for user 1.
-    assert result["popularity"]["ndcg@10"] == pytest.approx((4 + 1 / math.log2(3)) / 5)
+@pytest.mark.parametrize("users, items, k", [(1, 3, 1), (7, 127, 5), (129, 31, 13)])
+def test_coverage_and_diversity_agree_with_loops(users, items, k):
+    ids, vectors = random_lists(users, items, k), np.random.randn(items, 5)
+    vectors[0] = 0
+    cosines = np.zeros((items, items))
+    for i in range(1, items):
+        for j in range(1, items):
+            norms = np.linalg.norm(vectors[i]) * np.linalg.norm(vectors[j])
+            cosines[i, j] = vectors[i] @ vectors[j] / norms
+    for cutoff in {1, 2, k}:
+        shown = [[item for item in row[:cutoff] if item >= 0] for row in ids]
+        covered = len({item for row in shown for item in row}) / items
+        assert catalog_coverage(ids, items, cutoff) == pytest.approx(covered)
+        spread = [
+            np.mean([1 - cosines[i, j] for i in row for j in row if i != j])
+            for row in shown
+            if len(row) > 1
+        ]
+        wanted = np.mean(spread) if spread else 0.0
+        assert list_diversity(ids, vectors, cutoff) == pytest.approx(wanted)
 
 
-REAL = os.environ.get("CONTREC_DATA")
+def test_coverage_and_diversity_at_their_ends():
+    ids = np.array([[0, 1], [2, -1], [-1, -1]])
+    assert catalog_coverage(ids, 3) == 1 and catalog_coverage(ids[2:], 3) == 0
+    assert list_diversity(ids, [[2, 0], [5, 0], [0, 0]]) == pytest.approx(0)
+    assert list_diversity(ids, [[2, 0], [0, 3], [0, 0]]) == pytest.approx(1)
+    assert list_diversity(ids, [[2, 0], [-1, 0], [0, 0]]) == pytest.approx(2)
 
 
-@pytest.mark.skipif(not REAL, reason="CONTREC_DATA (a folder of real data sets) is not set")
-@pytest.mark.parametrize(
-    "name, popularity, markov",
-    [
-        ("software", (0.0067, 0.0028), (0.1732, 0.1135)),
-        ("lastfm", (0.0477, 0.0212), (0.0467, 0.0247)),
-        ("beauty", (0.0135, 0.0061), (0.0868, 0.0573)),
-        ("ml1m", (0.0379, 0.0184), (0.1810, 0.1029)),
-    ],
-)
-def test_baselines_agree_with_an_independent_measurement(name, popularity, markov):
-    result = evaluate_baselines(read_folder(Path(REAL) / name))
-    for kind, wanted in (("popularity", popularity), ("markov", markov)):
-        got = (result[kind]["hr@10"], result[kind]["ndcg@10"])
-        assert got == pytest.approx(wanted, abs=0.002)
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_compare_puts_the_model_beside_the_best_baseline_of_each_metric(filter_seen):
+    targets = np.arange(5)
+    data = make_dataset([[5]] * 5, 40, targets)
+
+    def lists(*ranks):  # of the target, from 0
+        ids = np.tile(np.arange(10, 30), (5, 1))
+        for user, rank in enumerate(ranks):
+            ids[user, rank] = user
+        return ids
+
+    baselines = {"wide": lists(9, 9, 9), "sharp": lists(0, 0), "poor": lists()}
+    result = json.loads(json.dumps(compare(lists(0, 0, 0), baselines, data, None, filter_seen)))
+    assert result["filter_seen"] is filter_seen and "diversity" not in result
+    assert result["model"] == rank_metrics(lists(0, 0, 0), targets)
+    assert result["baselines"]["wide"]["hr@10"] == 3 / 5
+    assert result["standard_errors"]["sharp"]["hr@10"] == pytest.approx(math.sqrt(0.4 * 0.6 / 5))
+    assert {name: row["baseline"] for name, row in result["against"].items()} == {
+        "hr@10": "wide",
+        "ndcg@10": "sharp",
+    }
+    interval = paired_bootstrap([1, 1, 1, 0, 0], [1, 1, 0, 0, 0])
+    row = result["against"]["ndcg@10"]
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx(interval)
+    assert result["coverage"] == {
+        "model": 13 / 40,
+        "wide": 13 / 40,
+        "sharp": 12 / 40,
+        "poor": 10 / 40,
+    }
+
+
+def test_compare_without_a_baseline():
+    data = make_dataset([[0], [1]], 4, [1, 0])
+    result = compare(np.full((2, 20), -1), {}, data, np.eye(4))
+    assert result["against"] == {} and result["baselines"] == {}
+    assert result["model"]["hr@10"] == 0 and result["diversity"] == {"model": 0}
+
+
+@pytest.fixture(scope="module")
+def shop_of_some_targets():
+    shop = small_shop()
+    targets = np.where(np.arange(len(shop.targets)) % 3 == 1, -1, shop.targets)
+    return type(shop)(shop.items, shop.user_ids, shop.histories, targets)
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_evaluate_skips_users_without_a_target(shop_of_some_targets, filter_seen, monkeypatch):
+    shop, model = shop_of_some_targets, trained_model()
+    monkeypatch.setattr(model.config.retrieval, "filter_seen", filter_seen)
+    recommender = Recommender(model, shop)
+    result = evaluate(recommender, Recorder(), ["markov"])
+    ids = recommender.recommend(np.arange(len(shop.targets)), 20).ids
+    assert result["model"] == rank_metrics(ids, shop.targets)
+    markov = recommend(Markov().fit(shop), shop, 20, filter_seen=filter_seen)
+    assert result["baselines"] == {"markov": rank_metrics(markov, shop.targets)}
+    assert result["targets"]["total"] == 20 and result["filter_seen"] is filter_seen
+    assert set(result["against"]["hr@10"]) == {"baseline", "difference", "low", "high"}
+
+
+def test_evaluate_knows_sets_of_baselines(shop_of_some_targets):
+    recommender = Recommender(trained_model(), shop_of_some_targets)
+    for choice, names in (("none", []), ("quick", ["popularity", "itemknn", "markov"])):
+        assert list(evaluate(recommender, Recorder(), choice)["baselines"]) == names
+    for choice in ("fast", ["markov", "fast"]):
+        with pytest.raises(ValueError, match="baselines: expected .*, got 'fast'"):
+            evaluate(recommender, Recorder(), choice)
+
+
+def metrics_of(rows, filter_seen=True):
+    errors = {name: dict.fromkeys(("hr@10", "ndcg@10"), 0.01) for name in rows}
+    rows = {name: {"hr@10": value, "ndcg@10": value / 2} for name, value in rows.items()}
+    return {
+        "model": rows.pop("model"),
+        "baselines": rows,
+        "standard_errors": errors,
+        "targets": {"total": 1351},
+        "filter_seen": filter_seen,
+    }
+
+
+@pytest.mark.parametrize("filter_seen, word", [(True, "excluded"), (False, "included")])
+def test_the_chart_names_rows_and_setting(tmp_path, filter_seen, word):
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
+        path = tmp_path / "chart.svg"
+        bar_chart(metrics_of({"model": 0.2, "ease": 0.1, "mine": 0.3}, filter_seen), path)
+    text = path.read_text()
+    xml.etree.ElementTree.fromstring(text)
+    for words in ("ContRec", "EASE", "mine", "HR@10", "NDCG@10", "0.1500", "1,351", word):
+        assert words in text
+    height = {name: text.index(f">{name}<") for name in ("EASE", "ContRec", "mine")}
+    assert sorted(height, key=height.get) == ["EASE", "ContRec", "mine"]  # drawn from below
+
+
+@pytest.mark.parametrize("rows", [{"model": 0.0}, {"model": 0.1, "sasrec": 0.2}])
+def test_the_chart_is_written_whole(tmp_path, rows, monkeypatch):
+    path = tmp_path / "chart.png"
+    bar_chart(metrics_of(rows), path)
+    before = path.read_bytes()
+    assert before.startswith(b"\x89PNG") and [*tmp_path.iterdir()] == [path]
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bar_chart(metrics_of(rows), path)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+    with pytest.raises(ValueError, match="path: expected a name ending in .png or .svg"):
+        bar_chart(metrics_of(rows), tmp_path / "chart.pdf")

@@ -1,16 +1,23 @@
-"""Cheap baselines, printed beside every model's result because they beat several published ones.
+"""Baselines, printed beside every model's result because they beat several published ones.
 
 A baseline has `fit(dataset)`, which reads the histories only (never a target) and returns the
-baseline, and `scores(rows)`: user rows int64 [B] of that dataset -> float32 [B, N].
+baseline, and `scores(rows)`: user rows int64 [B] of that dataset -> float32 [B, N]. Those that
+count are here; those that are trained (`evaluation.trained`, `evaluation.sasrec`) show their
+progress: `fit(dataset, progress)`.
 """
 
 import warnings
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from contrec_fast.data import Dataset
 from contrec_fast.evaluation.metrics import rank_metrics
+from contrec_fast.evaluation.ranking import recommend
+from contrec_fast.evaluation.sasrec import SASRec
+from contrec_fast.evaluation.trained import LightGCNBaseline, TrainedBaseline
+from contrec_fast.progress import Silent
 
 
 class Popularity:
@@ -35,7 +42,7 @@ class ItemKNN:
     def fit(self, dataset: Dataset) -> "ItemKNN":
         self.histories = [np.unique(history) for history in dataset.histories]
         self.items = len(dataset.items)
-        users = self._binary(np.arange(len(self.histories)))
+        users = _binary(self.histories, self.items)
         item_norms = torch.sparse.sum(users, dim=0).to_dense().sqrt().clamp(min=1)
         user, item = users.indices()
         unit = _sparse(user, item, users.values() / item_norms[item], users.shape)
@@ -48,14 +55,8 @@ class ItemKNN:
         return self
 
     def scores(self, rows: np.ndarray) -> torch.Tensor:
-        return _product(self._binary(rows), self.similarity).to_dense().float()
-
-    def _binary(self, rows: np.ndarray) -> torch.Tensor:
-        """[B, N] sparse, 1 where the user has the item."""
-        chosen = [self.histories[row] for row in rows]
-        users = np.repeat(np.arange(len(rows)), [len(history) for history in chosen])
-        items = np.concatenate(chosen)
-        return _sparse(users, items, torch.ones(len(items)), (len(rows), self.items))
+        chosen = _binary([self.histories[row] for row in rows], self.items)
+        return _product(chosen, self.similarity).to_dense().float()
 
 
 class Markov:
@@ -80,43 +81,110 @@ class Markov:
         return counts + 0.001 * self.neighbours.scores(rows)
 
 
-def recommend(baseline, dataset: Dataset, k: int, batch: int = 256) -> np.ndarray:
-    """The k best items of every user, [U, k] int64, best first, without the user's history.
+class CatalogTooLarge(ValueError):
+    """A baseline that needs a matrix of items by items cannot have one."""
 
-    Ties go to the lower index; -1 where fewer than k items are left. baseline is a fitted one
-    (see the module); batch is the number of users scored at a time.
+
+class EASE:
+    """The closed-form linear autoencoder (Steck, arXiv 1905.03375).
+
+    With the binary matrix X [U, N] and P = (X^T X + l2 I)^-1, the weights are B = I - P / diag(P)
+    (each column divided by its own entry of the diagonal), whose diagonal is zero, and the scores
+    are X B. Both N x N matrices are held in float32: 1.6 GB each at the largest catalog.
+
+    Args:
+        l2: the paper's lambda.
+
+    Raises:
+        CatalogTooLarge: by `fit`, for more than 20,000 items.
     """
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
-    users, items = len(dataset.histories), len(dataset.items)
-    ids = np.full((users, k), -1, dtype=np.int64)
-    for start in range(0, users, batch):
-        rows = np.arange(start, min(start + batch, users))
-        scores = baseline.scores(rows).clone()
-        for position, row in enumerate(rows):
-            scores[position, torch.from_numpy(dataset.histories[row])] = -torch.inf
-        best = _top_ids(scores, min(k, items))
-        ids[rows, : best.shape[1]] = best.numpy()
-    return ids
+
+    LARGEST = 20_000
+
+    def __init__(self, l2: float = 200.0):
+        self.l2 = l2
+
+    def fit(self, dataset: Dataset) -> "EASE":
+        self.items = len(dataset.items)
+        if self.items > self.LARGEST:
+            raise CatalogTooLarge(
+                f"items: expected at most {self.LARGEST} for EASE, which inverts a matrix of "
+                f"items by items, got {self.items}"
+            )
+        self.histories = [np.unique(history) for history in dataset.histories]
+        users = _binary(self.histories, self.items)
+        gram = _product(users.t(), users).to_dense().float()
+        gram.diagonal().add_(self.l2)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        self.weights = inverse.div_(-inverse.diagonal().clone())
+        self.weights.fill_diagonal_(0)
+        return self
+
+    def scores(self, rows: np.ndarray) -> torch.Tensor:
+        chosen = _binary([self.histories[row] for row in rows], self.items)
+        return _product(chosen.float(), self.weights)
 
 
-def evaluate_baselines(dataset: Dataset) -> dict[str, dict[str, float]]:
-    """{"popularity": metrics, "markov": metrics} with `rank_metrics` at its usual cutoffs."""
-    baselines = {"popularity": Popularity(), "markov": Markov()}
+QUICK = ("popularity", "itemknn", "markov")
+BASELINES = {
+    "popularity": Popularity,
+    "itemknn": ItemKNN,
+    "markov": Markov,
+    "ease": EASE,
+    "lightgcn": LightGCNBaseline,
+    "sasrec": SASRec,
+}
+
+
+def fit_baselines(
+    dataset: Dataset, names: Sequence[str], progress=None, filter_seen: bool = True
+) -> Iterator[tuple[str, object]]:
+    """Pairs of a name and that baseline, fitted, one after the other.
+
+    Args:
+        names: of `BASELINES`. progress: shows the long ones (`progress.ProgressBars`), and says
+        which one is left out because the catalog is too large for it.
+        filter_seen: what lists will be made of it, for the choice of epochs.
+
+    Raises:
+        ValueError: an unknown name, before anything is fitted.
+    """
+    for name in names:
+        if name not in BASELINES:
+            raise ValueError(f"baselines: expected some of {', '.join(BASELINES)}, got {name!r}")
+    return _fitted(dataset, names, progress or Silent(), filter_seen)
+
+
+def _fitted(dataset, names, progress, filter_seen):
+    for name in names:
+        kind = BASELINES[name]
+        trained = issubclass(kind, TrainedBaseline)
+        try:
+            baseline = kind(filter_seen=filter_seen) if trained else kind()
+            baseline = baseline.fit(dataset, progress) if trained else baseline.fit(dataset)
+        except CatalogTooLarge as error:
+            progress.say(f"{name} is left out: {error}")
+            continue
+        yield name, baseline
+
+
+def evaluate_baselines(
+    dataset: Dataset, names: Sequence[str] = QUICK, progress=None, filter_seen: bool = True
+) -> dict[str, dict[str, float]]:
+    """{name: `rank_metrics` at its usual cutoffs}; see `fit_baselines`."""
     return {
-        name: rank_metrics(recommend(baseline.fit(dataset), dataset, 20), dataset.targets)
-        for name, baseline in baselines.items()
+        name: rank_metrics(
+            recommend(baseline, dataset, 20, filter_seen=filter_seen), dataset.targets
+        )
+        for name, baseline in fit_baselines(dataset, names, progress, filter_seen)
     }
 
 
-def _top_ids(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """int64 [B, k] of float32 [B, N]: by score, then by lower index; -1 for a score of -inf."""
-    # One integer per entry that orders like (score, -index): torch.topk promises nothing on ties.
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = (ordered << 32) + torch.arange(scores.shape[1] - 1, -1, -1)
-    ids = scores.shape[1] - 1 - (keys.topk(k).values & 0xFFFFFFFF)
-    return torch.where(scores.gather(1, ids) == -torch.inf, -1, ids)
+def _binary(histories: list[np.ndarray], items: int) -> torch.Tensor:
+    """[B, N] sparse, 1 where the user has the item; histories without repeats."""
+    users = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    chosen = np.concatenate(histories)
+    return _sparse(users, chosen, torch.ones(len(chosen)), (len(histories), items))
 
 
 def _sparse(rows, columns, values: torch.Tensor, shape) -> torch.Tensor:
