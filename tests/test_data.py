@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_cases import assert_one_line, assert_same, datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,14 +30,6 @@ def write_texts(path: Path, **replaced):
         (path / f"{name}.txt").write_bytes(data)
 
 
-def assert_same(a: Dataset, b: Dataset):
-    assert (a.items, a.user_ids) == (b.items, b.user_ids)
-    assert [h.tolist() for h in a.histories] == [h.tolist() for h in b.histories]
-    assert all(h.dtype == np.int64 for h in b.histories)
-    assert b.targets.dtype == np.int64
-    np.testing.assert_array_equal(a.targets, b.targets)
-
-
 def test_reads_the_four_files(folder):
     data = read_folder(folder)
     assert data.items == Items(
@@ -53,6 +46,22 @@ def test_validation_takes_the_last_training_item_and_keeps_users_and_items(folde
     assert [h.tolist() for h in data.histories] == [[0], [1]]
     assert data.targets.tolist() == [1, -1]  # bob's only item stays his history
     assert (data.items, data.user_ids) == (read_folder(folder).items, ["ann", "bob"])
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=datasets(lowest_target=-1))
+def test_for_validation_moves_the_last_of_each_history_to_the_target(data):
+    moved = data.for_validation()
+    assert (moved.items, moved.user_ids) == (data.items, data.user_ids)
+    for before, after, target in zip(data.histories, moved.histories, moved.targets, strict=True):
+        expected = before if target < 0 else [*after, target]
+        assert (len(before) == 1) == (target < 0)
+        assert before.tolist() == list(expected) and (target >= 0 or list(after) == list(before))
+
+
+def test_for_validation_of_nobody(folder):
+    nobody = read_folder(folder).of_users(np.array([], dtype=np.int64)).for_validation()
+    assert nobody.user_ids == [] and nobody.targets.dtype == np.int64
 
 
 def test_without_lists_numbers_are_the_ids(folder):
@@ -120,6 +129,7 @@ def test_newline_inside_quotes_is_part_of_the_title(folder):
         ("test", "0 10 20 30\n1 20 1 2\n", "test.txt, line 2: .*user 1 .2 items.*got 3 items"),
         ("test", "0 10 30 20\n1 20 10\n", "test.txt, line 1: .*got item 30 instead of 20 at.* 2"),
         ("train", b"0 10 20\n1 \xff20\n", "train.txt, line 2: expected UTF-8, got byte 0xff.* 10"),
+        ("test", "\ufeff0 10 20 30".encode("utf-16"), "test.txt: expected UTF-8, got UTF-16"),
         ("item_list", b"org_id remap_id\n\xe9 1\n", "line 2: .*UTF-8, got byte 0xe9 at offset 16"),
         ("item_list", "", "item_list.txt: expected a header .*got an empty file"),
         ("item_list", "org_id title\n", "item_list.txt, line 1: expected a header.*'org_id title'"),
@@ -180,21 +190,6 @@ def test_dataset_refuses_what_breaks_its_contract():
             Dataset(items, ["u"], histories, np.array(targets))
 
 
-text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-
-
-@st.composite
-def datasets(draw):
-    ids = draw(st.lists(text, min_size=1, max_size=7, unique=True))
-    texts = st.lists(text, min_size=len(ids), max_size=len(ids))
-    items = Items(ids, draw(texts), draw(texts))
-    users = draw(st.lists(text, min_size=1, max_size=5, unique=True))
-    index = st.integers(0, len(ids) - 1)
-    histories = [np.array(draw(st.lists(index, min_size=1, max_size=6))) for _ in users]
-    targets = np.array([draw(index) for _ in users])
-    return Dataset(items, users, histories, targets)
-
-
 @settings(deadline=None, max_examples=150)
 @given(data=datasets())
 def test_written_folder_reads_back_the_same(data, tmp_path_factory):
@@ -222,7 +217,7 @@ def test_arbitrary_bytes_give_a_dataset_or_one_line(name, data, append, tmp_path
     try:
         assert isinstance(read_folder(folder), Dataset)
     except ValueError as error:
-        assert "\n" not in str(error) and "\r" not in str(error)
+        assert_one_line(error, folder)
 
 
 def test_write_folder_refuses_and_leaves_nothing_behind(folder, tmp_path, monkeypatch):
