@@ -1,4 +1,4 @@
-"""LightGCN, the sigma-VAE, the diffusion head and the losses against restatements."""
+"""LightGCN, the sigma-VAE and the diffusion head against restatements."""
 
 import math
 
@@ -13,7 +13,8 @@ from contrec_fast import ops
 from contrec_fast.config import HeadConfig, TrainingConfig
 from contrec_fast.models.diffusion import DISPERSIVE_ROWS, DiffusionHead
 from contrec_fast.models.lightgcn import LightGCN, whiten
-from contrec_fast.models.losses import dispersive_loss
+from contrec_fast.models.losses import contrastive_denoising_loss, dispersive_loss
+from contrec_fast.models.schedules import METHODS, PREDICTIONS
 from contrec_fast.models.tokenizer import SigmaVAE
 
 
@@ -42,9 +43,15 @@ def test_lightgcn_equals_the_dense_computation(users, items, count, layers):
     pairs = random_pairs(users, items, count)
     model = LightGCN(pairs, users, items, 5, layers)
     expected = dense_propagation(model, pairs, users, items, layers)
-    for got, want in zip(model(), expected):
+    found = model()
+    for got, want in zip(found, expected):
         assert got.shape == want.shape
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    cotangent = [torch.randn_like(got) for got in found]
+    (gradient,) = torch.autograd.grad(found, model.embedding, cotangent)
+    model.embedding.data = torch.cat(cotangent)  # the map is linear and symmetric
+    expected = torch.cat(dense_propagation(model, pairs, users, items, layers))
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_bpr_loss_equals_its_formula():
@@ -189,43 +196,13 @@ def test_tokenizer_losses_equal_their_formulas(tokens):
     assert all(p.grad.isfinite().all() for p in vae.parameters() if p.grad is not None)
 
 
-def naive_dispersive(z, tau):
-    terms = [
-        math.exp(-float((z[i] - z[j]).square().sum()) / (z.shape[1] * tau))
-        for i in range(len(z))
-        for j in range(len(z))
-        if i != j
-    ]
-    return math.log(sum(terms) / len(terms))
-
-
-@pytest.mark.parametrize("count, dim", [(2, 1), (3, 7), (17, 5)])
-@pytest.mark.parametrize("tau", [0.2, 1.0])
-def test_dispersive_loss_equals_the_double_loop(count, dim, tau):
-    z = torch.randn(count, dim, dtype=torch.float64)
-    assert float(dispersive_loss(z, tau)) == pytest.approx(naive_dispersive(z, tau), rel=1e-9)
-
-
-def test_dispersive_loss_of_fewer_than_two_rows_is_zero():
-    for count in (0, 1):
-        assert float(dispersive_loss(torch.randn(count, 3), 0.5)) == 0
-
-
-def test_descending_the_dispersive_loss_spreads_the_rows():
-    z = (0.1 * torch.randn(12, 6)).requires_grad_()
-    before = torch.pdist(z.detach()).mean()
-    for _ in range(20):
-        (gradient,) = torch.autograd.grad(dispersive_loss(z, 0.5), z)
-        z.data -= gradient
-    assert torch.pdist(z.detach()).mean() > 1.5 * before
-
-
 HEADS = [
     {"denoiser": "linear"},
     {"denoiser": "mlp"},
     {"denoiser": "adaln", "width": 12, "depth": 2},
     {"denoiser": "adaln", "width": 12, "depth": 1, "separable": True},
 ]
+ALL_WEIGHTS = {"diffusion_weight": 1.0, "dispersive_weight": 1.0, "contrastive_weight": 1.0}
 
 
 def make_head(dim=6, **options):
@@ -237,14 +214,15 @@ def make_head(dim=6, **options):
 
 
 @pytest.mark.parametrize("options", HEADS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps, guidance", [(1, 0.0), (3, 0.0), (20, 1.5)])
 def test_training_unrolls_the_chain_that_inference_samples(
-    options, method, steps, guidance, monkeypatch
+    options, method, prediction, steps, guidance, monkeypatch
 ):
-    head = make_head(**options, method=method, steps=steps, guidance=guidance)
-    c = head.config
-    plan = ops.plan_sampling(head.denoiser, c.schedule, c.timesteps, c.method, c.steps, c.guidance)
+    chain = {"method": method, "steps": steps, "guidance": guidance, "prediction": prediction}
+    head = make_head(**options, **chain)
+    plan = ops.plan_sampling(head.denoiser, head.config.schedule, timesteps=20, **chain)
     condition = torch.randn(5, 6, dtype=torch.float64)
     noise = torch.randn(steps, 5, 6, dtype=torch.float64)
     script = iter(noise)
@@ -255,89 +233,97 @@ def test_training_unrolls_the_chain_that_inference_samples(
     assert relative_error(y, plan(condition, noise=noise)) < 1e-10
 
 
-def head_losses(head, condition, items, vectors, **training):
-    return head.losses(condition, items, vectors, TrainingConfig(**training))
+def head_losses(head, condition, x0, negatives, **training):
+    return head.losses(condition, x0, negatives, TrainingConfig(**{**ALL_WEIGHTS, **training}))
+
+
+def doubles(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize("options", HEADS, ids=lambda o: "-".join(map(str, o.values())))
-def test_losses_reach_every_parameter_of_the_head(options):
-    head = make_head(**options, condition_dropout=0.5)
-    condition = torch.randn(64, 6, dtype=torch.float64, requires_grad=True)
-    vectors = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
-    items = torch.randint(9, (64,))
-    losses = head_losses(head, condition, items, vectors)
-    assert set(losses) == {"diffusion", "dispersive", "ranking"}
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_losses_reach_the_condition_and_the_head_but_no_target(options, prediction):
+    head = make_head(**options, prediction=prediction, condition_dropout=0.5)
+    condition, x0, negatives = (doubles(64, 6) for _ in range(3))
+    losses = head_losses(head, condition, x0, negatives)
+    assert set(losses) == {"diffusion", "dispersive", "contrastive"}
     for loss in losses.values():
         assert loss.shape == () and loss.isfinite()
     sum(losses.values()).backward()
     for name, parameter in head.named_parameters():
         assert parameter.grad.norm() > 0, name
-    assert (condition.grad.norm(dim=1) > 0).all()
+    reached = condition.grad.any(1)
+    assert reached.any() and not reached.all()  # half of them were dropped
+    assert x0.grad is None and negatives.grad is None
 
 
-def test_only_ranking_trains_the_item_table():
-    head = make_head(**HEADS[1])
-    condition, items = torch.randn(7, 6, dtype=torch.float64), torch.randint(9, (7,))
-    vectors = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
-    losses = head_losses(head, condition, items, vectors)
-    for name in ("diffusion", "dispersive"):
-        (gradient,) = torch.autograd.grad(
-            losses[name], vectors, allow_unused=True, retain_graph=True
-        )
-        assert gradient is None or not gradient.any(), name
-    (gradient,) = torch.autograd.grad(losses["ranking"], vectors)
-    assert (gradient.norm(dim=1) > 0).all()
+@pytest.mark.parametrize("name", ["diffusion", "dispersive", "contrastive"])
+def test_losses_of_weight_0_are_left_out(name):
+    weights = dict.fromkeys(ALL_WEIGHTS, 0.0) | {f"{name}_weight": 0.1}
+    losses = head_losses(make_head(), *(doubles(3, 6) for _ in range(3)), **weights)
+    assert list(losses) == [name]
 
 
-def test_head_losses_equal_their_formulas(monkeypatch):
-    head = make_head(**HEADS[1], condition_dropout=0.3, method="ddim")
-    condition = torch.randn(6, 6, dtype=torch.float64)
-    vectors, items = torch.randn(9, 6, dtype=torch.float64), torch.randint(9, (6,))
+def test_without_diffusion_the_condition_is_the_vector():
+    condition = doubles(3, 6)
+    assert make_head(diffusion=False).unroll(condition) is condition
+    none = dict.fromkeys(ALL_WEIGHTS, 0.0)
+    assert head_losses(make_head(), condition, condition, condition, **none) == {}
+
+
+def denoised_alone(head, clean, noise, condition, t):
+    """What the network should predict of one row [D], what it predicts, and x0 from that."""
+    signal, rest = math.sqrt(head.alpha_bar[t]), math.sqrt(1 - head.alpha_bar[t])
+    noisy = signal * clean + rest * noise
+    with torch.no_grad():
+        output = head.denoiser(noisy[None], condition[None], torch.tensor([t]))[0]
+    return {
+        "x0": (clean, output, output),
+        "eps": (noise, output, (noisy - rest * output) / signal),
+        "v": (signal * noise - rest * clean, output, signal * noisy - rest * output),
+    }[head.config.prediction]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_head_losses_equal_their_formulas(prediction, monkeypatch):
+    head = make_head(**HEADS[1], condition_dropout=0.3, prediction=prediction)
+    condition, x0, negatives, noise = (doubles(6, 6).detach() for _ in range(4))
     t, uniform = torch.tensor([0, 1, 5, 10, 18, 19]), torch.rand(6, 1)
-    noise = [torch.randn(6, 6, dtype=torch.float64) for _ in range(2)]
-    script = iter(noise)
-    monkeypatch.setattr(torch, "randint", lambda high, *_, **__: t if high == 20 else None)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: t)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: uniform)
-    monkeypatch.setattr(torch, "randn_like", lambda _: next(script))
-    losses = head_losses(
-        head, condition, items, vectors, dispersive_tau=0.7, ranking_temperature=0.2
-    )
-    rows = []
-    for row in range(6):
-        share = float(head.alpha_bar[t[row]])
-        noisy = math.sqrt(share) * vectors[items[row]] + math.sqrt(1 - share) * noise[0][row]
-        null = head.denoiser.null_condition
-        condition_row = null if uniform[row] < 0.3 else condition[row]
-        rows.append(head.denoiser(noisy[None], condition_row[None], t[row : row + 1])[0])
-    prediction = torch.stack(rows).detach()
-    error = (prediction - vectors[items]).square().mean()
-    assert losses["diffusion"].item() == pytest.approx(float(error))
-    assert losses["dispersive"].item() == pytest.approx(naive_dispersive(prediction, 0.7))
-    c = head.config
-    plan = ops.plan_sampling(head.denoiser, c.schedule, 20, "ddim", 4, c.guidance)
-    y = plan(condition, noise=noise[1][None])
-    cosine = F.cosine_similarity(y[:, None], vectors[None], dim=-1)
-    expected = F.cross_entropy(cosine / 0.2, items)
-    assert losses["ranking"].item() == pytest.approx(float(expected))
+    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
+    losses = head_losses(head, condition, x0, negatives, dispersive_tau=0.7)
+    errors, predicted = [], []
+    for clean in (x0, negatives):
+        for row in range(6):
+            dropped = uniform[row] < 0.3
+            given = head.denoiser.null_condition.detach() if dropped else condition[row]
+            target, output, estimate = denoised_alone(head, clean[row], noise[row], given, t[row])
+            errors.append((output - target).square().mean())
+            predicted.append(estimate)
+    positive, negative = torch.stack(errors).split(6)
+    expected = {
+        "diffusion": positive.mean(),
+        "dispersive": dispersive_loss(torch.stack(predicted[:6]), 0.7),
+        "contrastive": contrastive_denoising_loss(positive, negative),
+    }
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(expected[name].item(), rel=1e-6), name
 
 
 def test_conditions_are_dropped_at_their_rate():
     head = make_head(**HEADS[0], condition_dropout=0.25)
-    condition = torch.randn(4000, 6, dtype=torch.float64, requires_grad=True)
-    vectors = torch.randn(3, 6, dtype=torch.float64)
-    losses = head_losses(head, condition, torch.randint(3, (4000,)), vectors)
+    condition, x0 = doubles(4000, 6), doubles(4000, 6)
+    losses = head_losses(head, condition, x0, x0)
     (gradient,) = torch.autograd.grad(losses["diffusion"], condition)
     dropped = (gradient == 0).all(1).double().mean()
     assert float(dropped) == pytest.approx(0.25, abs=0.04)
 
 
 def test_the_dispersive_loss_is_bounded_to_some_rows():
-    count = DISPERSIVE_ROWS + 40
-    head = make_head(**HEADS[0])
-    condition = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
-    losses = head_losses(
-        head, condition, torch.zeros(count, dtype=torch.int64), torch.ones(1, 6).double()
-    )
+    condition, x0 = doubles(DISPERSIVE_ROWS + 40, 6), doubles(DISPERSIVE_ROWS + 40, 6)
+    losses = head_losses(make_head(**HEADS[0], condition_dropout=0.0), condition, x0, x0)
     (gradient,) = torch.autograd.grad(losses["dispersive"], condition)
     assert gradient[:DISPERSIVE_ROWS].any() and not gradient[DISPERSIVE_ROWS:].any()
 
@@ -347,7 +333,8 @@ def test_the_dispersive_loss_is_bounded_to_some_rows():
     [
         ({"denoiser": "unet"}, ["head.denoiser", "linear, mlp, adaln", "'unet'"]),
         ({"schedule": "cubic"}, ["schedule", "exp", "'cubic'"]),
-        ({"method": "euler"}, ["method", "ddpm, ddim", "'euler'"]),
+        ({"method": "euler"}, ["method", "ddpm, ddim, dpm++", "'euler'"]),
+        ({"prediction": "noise"}, ["prediction", "x0, eps, v", "'noise'"]),
         ({"timesteps": 0}, ["1", "0"]),
         ({"steps": 21}, ["steps", "20", "21"]),
         ({"steps": 0}, ["steps", "0"]),
