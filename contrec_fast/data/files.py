@@ -1,7 +1,9 @@
 """Whole files in, whole folders out, and the words for what is wrong with them."""
 
 import os
+import shutil
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -37,20 +39,25 @@ def require_free(folder: Path) -> None:
         raise ValueError(f"{folder}: expected a new or empty folder, got one that exists")
 
 
-def write_whole(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write the files of a new or empty folder, which appears with all of them or not at all."""
+@contextmanager
+def whole_folder(folder: Path):
+    """A folder to fill; it appears as `folder`, new or empty, with everything or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
-        for name, content in contents.items():
-            (temporary / name).write_bytes(content)
+        yield temporary
         os.rename(temporary, folder)
     except BaseException:
-        for name in contents:
-            (temporary / name).unlink(missing_ok=True)
-        temporary.rmdir()
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_whole(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write the files of a new or empty folder, which appears with all of them or not at all."""
+    with whole_folder(folder) as temporary:
+        for name, content in contents.items():
+            (temporary / name).write_bytes(content)
 
 
 def shorten(text: str, limit: int = 40) -> str:

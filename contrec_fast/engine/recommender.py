@@ -94,14 +94,8 @@ class Recommender:
     @torch.inference_mode()
     def _batch(self, rows: np.ndarray, k: int):
         device, retrieval = self.model.item_vectors.device, self.model.config.retrieval
-        batch = self.prompts.inference_batch([self.dataset.histories[row] for row in rows])
-        batch = batch.to(device)
-        if self.text:
-            condition, texts = self.model.write(batch)
-        else:
-            condition, texts = self.model.read(batch), [""] * len(rows)
+        vectors, texts = self.sample(rows)
         user = torch.from_numpy(rows).to(device)
-        vectors = self.vectors(condition, self.keys[user])
         matched = self.matcher.match(texts).to(device)
         draws = len(vectors)
         scores, ids = ops.cosine_topk(
@@ -114,6 +108,18 @@ class Recommender:
         group = self.catalog.groups[ids.clamp(min=0)]
         named = matched.gather(1, group.clamp(min=0)) & (group >= 0) & (ids >= 0)
         return ids.cpu().numpy(), scores.cpu().numpy(), named.cpu().numpy(), texts
+
+    @torch.inference_mode()
+    def sample(self, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Item-space vectors [S, B, D] of some users, S per user, and their texts."""
+        batch = self.prompts.inference_batch([self.dataset.histories[row] for row in rows])
+        batch = batch.to(self.model.item_vectors.device)
+        if self.text:
+            condition, texts = self.model.write(batch)
+        else:
+            condition, texts = self.model.read(batch), [""] * len(rows)
+        keys = self.keys[torch.as_tensor(rows, device=self.keys.device)]
+        return self.vectors(condition, keys), texts
 
     def vectors(self, condition: Tensor, keys: Tensor) -> Tensor:
         """Conditions [B, D] and noise keys [B] to item-space vectors [S, B, D]."""

@@ -80,13 +80,23 @@ def load_backbone(path: str | Path):
         (model in float32, tokenizer).
 
     Raises:
-        ValueError: not a model folder, or its tokenizer cannot end a text.
+        ValueError: not the folder of a causal LM with all of its weights, or its tokenizer cannot
+        end a text.
     """
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path}: expected a Hugging Face model folder, found no config.json")
-    # Whatever a checkpoint was stored in: small updates vanish in 16-bit weights.
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        # Whatever a checkpoint was stored in: small updates vanish in 16-bit weights.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # of any kind: a folder holds many formats
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected a causal language model, got: {reason}") from None
+    if found["missing_keys"]:  # which would be made up
+        missing = min(found["missing_keys"])
+        raise ValueError(f"{path}: expected all weights of a causal LM, found no {missing}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: expected a tokenizer with an end-of-text token, found none")
     if tokenizer.pad_token_id is None:

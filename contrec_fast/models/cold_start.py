@@ -26,7 +26,7 @@ def embed_texts(model, titles: list[str], categories: list[str]) -> Tensor:
     for start in range(0, len(texts), BATCH):
         tokens = model.text_tokenizer(
             texts[start : start + BATCH], add_special_tokens=False, split_special_tokens=True,
-            padding=True, return_tensors="pt",
+            padding=True, padding_side="right", return_tensors="pt",
         ).to(device)  # fmt: skip
         mask = tokens.attention_mask
         hidden = model.backbone.base_model(
@@ -125,9 +125,11 @@ def _direction(model, dataset: Dataset, rows: list[int]) -> Tensor:
     from contrec_fast.engine import Recommender
 
     recommender = Recommender(model, dataset, text=False)
-    batch = recommender.prompts.inference_batch([dataset.histories[row] for row in rows])
-    condition = model.read(batch.to(model.item_vectors.device))
-    return F.normalize(recommender.vectors(condition, recommender.keys[rows])[0], dim=-1).mean(0)
+    parts = [
+        F.normalize(recommender.sample(rows[start : start + BATCH])[0][0], dim=-1)
+        for start in range(0, len(rows), BATCH)
+    ]
+    return torch.cat(parts).mean(0)
 
 
 def _columns(frame: pd.DataFrame) -> tuple[list[str], list[str], list[str]]:

@@ -1,6 +1,5 @@
 """ContRec: a language model over titles and continuous tokens, and a diffusion head."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from contrec_fast import ops
 from contrec_fast.config import Config, load_config, save_config
 from contrec_fast.data import Dataset, load_dataset, save_dataset
+from contrec_fast.data.files import require_free, whole_folder
 from contrec_fast.data.prompts import IGNORED, PromptBatch
 from contrec_fast.models.backbone import load_backbone
 from contrec_fast.models.condition import ConditionEncoder
@@ -137,8 +137,12 @@ class ContRec(nn.Module):
 
     def hidden_states(self, batch: PromptBatch) -> Tensor:
         """Last hidden states [B, L, H] of prompts."""
+        mask = batch.attention_mask
         return self.backbone.base_model(
-            inputs_embeds=self.embed(batch), attention_mask=batch.attention_mask, use_cache=False
+            inputs_embeds=self.embed(batch),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # whatever the padding
+            use_cache=False,
         ).last_hidden_state
 
     def conditions(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
@@ -173,16 +177,24 @@ class ContRec(nn.Module):
 
         Those of the head, and `ranking` (softmax cross-entropy over the whole catalog on the
         output of the inference sampler, unrolled), `bpr` (the same output against a random
-        item), `text` (next words). Losses of weight 0 are left out.
+        item), `text` (next words). Losses of weight 0 are left out. With `training.precision`
+        "bf16" the language model computes in that; the small rest does in float32.
         """
-        training, items = self.config.training, batch.next_items
-        hidden = self.hidden_states(batch)
+        training, items, losses = self.config.training, batch.next_items, {}
+        with torch.autocast(
+            batch.rows.device.type, torch.bfloat16, enabled=training.precision == "bf16"
+        ):
+            hidden = self.hidden_states(batch)
+            if training.text_weight and self.config.prompt.text != "none":
+                learned = batch.labels[:, 1:] != IGNORED
+                logits = self.backbone.get_output_embeddings()(hidden[:, :-1][learned])
+                losses["text"] = F.cross_entropy(logits.float(), batch.labels[:, 1:][learned])
+        hidden = hidden.to(self.item_vectors.dtype)
         if self.config.head.source == "response":
             conditions = self.response_conditions(batch.answers)
             items = items[_last_reads(batch)]
         else:
             conditions = self.conditions(hidden, batch)
-        losses = {}
         negatives = torch.randint(len(self.item_vectors), items.shape, device=items.device)
         if self.config.head.diffusion:
             losses |= self.head.losses(
@@ -196,10 +208,6 @@ class ContRec(nn.Module):
         if training.bpr_weight:
             positive, negative = F.embedding(items, vectors), F.embedding(negatives, vectors)
             losses["bpr"] = bpr_loss(y, positive, negative, temperature)
-        if training.text_weight and self.config.prompt.text != "none":
-            learned = batch.labels[:, 1:] != IGNORED
-            logits = self.backbone.get_output_embeddings()(hidden[:, :-1][learned])
-            losses["text"] = F.cross_entropy(logits, batch.labels[:, 1:][learned])
         return losses
 
     @torch.inference_mode()
@@ -255,22 +263,26 @@ class ContRec(nn.Module):
         add_items(self, frame, interactions)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.yaml, model.safetensors, backbone/ and data/ into `path`."""
-        path = Path(path)
-        os.makedirs(path, exist_ok=True)
-        save_config(self.config, path / "config.yaml")
-        self.backbone.save_pretrained(path / "backbone")
-        self.text_tokenizer.save_pretrained(path / "backbone")
-        state = {
-            name: tensor.contiguous()
-            for name, tensor in self.state_dict().items()
-            if not name.startswith("backbone.")
-        }
-        save_file(state, path / "model.safetensors")
-        for file in path.rglob("*.safetensors"):  # which come readable by their owner only
-            file.chmod((path / "config.yaml").stat().st_mode)
-        if self.dataset is not None:
-            save_dataset(self.dataset, path / "data")
+        """Write a folder with config.yaml, model.safetensors, backbone/ and data/, whole.
+
+        Raises:
+            ValueError: `path` exists and is not an empty folder.
+        """
+        require_free(Path(path))
+        with whole_folder(Path(path)) as folder:
+            save_config(self.config, folder / "config.yaml")
+            self.backbone.save_pretrained(folder / "backbone")
+            self.text_tokenizer.save_pretrained(folder / "backbone")
+            state = {
+                name: tensor.contiguous()
+                for name, tensor in self.state_dict().items()
+                if not name.startswith("backbone.")
+            }
+            save_file(state, folder / "model.safetensors")
+            for file in folder.rglob("*.safetensors"):  # which come readable by their owner only
+                file.chmod((folder / "config.yaml").stat().st_mode)
+            if self.dataset is not None:
+                save_dataset(self.dataset, folder / "data")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ContRec":

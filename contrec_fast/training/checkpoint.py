@@ -25,6 +25,7 @@ class Checkpoints:
 
     Attributes:
         state: what the last `save` was given, {} for a new run. has_weights: a model is saved.
+        writes: off only keeps `state`; of several processes, one writes.
 
     Raises:
         ValueError: the folder belongs to other data or settings, or cannot be read.
@@ -33,7 +34,7 @@ class Checkpoints:
     def __init__(self, folder: Path | None, dataset: Dataset, config: Config):
         self.path = None if folder is None else Path(folder) / FILE
         self.fingerprint = "" if folder is None else _fingerprint(dataset, config)
-        self.state, self.has_weights = {}, False
+        self.state, self.has_weights, self.writes = {}, False, True
         if self.path is None or not self.path.exists():
             return
         try:
@@ -51,7 +52,7 @@ class Checkpoints:
     def save(self, state: dict, model: nn.Module | None = None, optimizer=None) -> None:
         """Replace the checkpoint: `state` (JSON), and the model and optimizer if given."""
         self.state, self.has_weights = state, model is not None
-        if self.path is None:
+        if self.path is None or not self.writes:
             return
         tensors = dict(_saved(model)) if model else {}
         for name, parameter in model.named_parameters() if model else ():

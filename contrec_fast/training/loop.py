@@ -49,6 +49,8 @@ def train(
         raise ValueError("histories: expected a user with at least two items, found none")
     # Refused now, not after pretraining.
     respaced_indices(config.head.timesteps, config.head.steps)
+    if config.training.patience and max(map(len, dataset.histories)) < 3:
+        raise ValueError("training.patience: expected a user with at least three items, found none")
     checkpoints = Checkpoints(checkpoint, dataset, config)
     run = _Run(config, progress, checkpoints, log)
     state = checkpoints.state
@@ -56,7 +58,7 @@ def train(
         progress.say(f"going on after epoch {state['epoch']} ({state['phase']})")
     if config.training.patience and state.get("phase") != "final":
         searched, best = run.search(dataset.for_validation())
-        checkpoints.save({"phase": "final", "epoch": 0, "stop": best, "searched": searched})
+        run.save({"phase": "final", "epoch": 0, "stop": best, "searched": searched})
         progress.say(f"best epoch {best} of {searched}; training anew on everything")
     model = run.final(dataset)
     model.dataset = dataset
@@ -69,9 +71,10 @@ class _Run:
     def __init__(self, config: Config, progress, checkpoints: Checkpoints, log):
         self.config, self.progress, self.checkpoints, self.log = config, progress, checkpoints, log
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.training.precision == "bf16" else "no",
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
         )
+        checkpoints.writes = self.accelerator.is_main_process
+        self.accelerator.wait_for_everyone()  # all have read the same checkpoint
 
     def search(self, dataset: Dataset) -> tuple[int, int]:
         """Epochs tried, and which of them had the best validation NDCG@10."""
@@ -123,7 +126,7 @@ class _Run:
         if resumed:
             self.checkpoints.restore(model, optimizer)
         else:
-            self._save(state, model, optimizer)
+            self.save(state, model, optimizer)
         prompts = Prompts(
             dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
         )
@@ -141,8 +144,7 @@ class _Run:
                 for group in optimizer.param_groups:
                     group["lr"] = t.learning_rate * factor
                 batch = prompts.training_batch(windows, rng).to(accelerator.device)
-                with accelerator.autocast():
-                    losses = wrapped(batch)
+                losses = wrapped(batch)
                 loss = sum(getattr(t, f"{name}_weight") * value for name, value in losses.items())
                 optimizer.zero_grad()
                 accelerator.backward(loss)
@@ -155,11 +157,10 @@ class _Run:
             state["epoch"] = epoch + 1
             model.update_tokens()
             yield model, meter.figures | {"learning_rate": t.learning_rate * factor}
-            self._save(state, model, optimizer)
+            self.save(state, model, optimizer)
 
-    def _save(self, state: dict, model: ContRec, optimizer) -> None:
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(dict(state), model, optimizer)
+    def save(self, state: dict, model: ContRec | None = None, optimizer=None) -> None:
+        self.checkpoints.save(dict(state), model, optimizer)
         self.accelerator.wait_for_everyone()
 
     def _batches(self, dataset: Dataset, epoch: int) -> list[list[Window]]:
