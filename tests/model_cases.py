@@ -1,13 +1,15 @@
-"""What the tests of the model share: sizes that train in a second, and a model trained once."""
+"""What the tests of the model share: sizes that train in a second, and models made once."""
 
 import functools
 
 import pytest
 import torch
 
-from contrec_fast.config import Config
+from contrec_fast.config import Config, apply_overrides
 from contrec_fast.data import synthetic_shop
+from contrec_fast.models.quantizer import ResidualQuantizer
 from contrec_fast.training import train
+from contrec_fast.training.build import build
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,8 +35,11 @@ class Recorder:
         return lambda **figures: self.figures[name].append(figures)
 
 
-def small_config(**training):
-    """A configuration that trains in about a second; keywords go to `training`."""
+def small_config(*overrides, **training):
+    """A configuration that trains in about a second.
+
+    overrides: settings as on the command line, "head.steps=5"; keywords go to `training`.
+    """
     config = Config(seed=3)
     config.lightgcn.dim, config.lightgcn.epochs, config.lightgcn.batch_size = 16, 3, 128
     config.tokenizer.epochs = 3
@@ -46,7 +51,7 @@ def small_config(**training):
     for name, value in training.items():
         assert hasattr(config.training, name), name
         setattr(config.training, name, value)
-    return config
+    return apply_overrides(config, overrides)
 
 
 @functools.cache
@@ -55,6 +60,29 @@ def small_shop(users=30):
 
 
 @functools.cache
-def trained_model():
-    """A model of `small_config` trained on `small_shop`; not to be changed."""
-    return train(small_shop(), small_config(), Recorder())
+def trained_model(*overrides):
+    """A model of `small_config(*overrides)` trained on `small_shop`; not to be changed."""
+    return train(small_shop(), small_config(*overrides), Recorder())
+
+
+@functools.cache
+def random_model(*overrides):
+    """The same with random weights instead of trained ones, at once; not to be changed."""
+    model, _ = build(small_shop(), small_config(*overrides), Recorder(), pretrain=False)
+    with torch.no_grad():
+        torch.nn.init.normal_(model.item_vectors)
+        model.collaborative.copy_(model.item_vectors)
+        torch.nn.init.normal_(model.text_map)
+        for parameter in model.head.parameters():  # modulations start at zero
+            torch.nn.init.normal_(parameter, std=0.7 * parameter.shape[-1] ** -0.5)
+        if isinstance(model.tokenizer, ResidualQuantizer):
+            model.tokenizer.fit(model.item_vectors, 4, lambda **_: None)
+        model.calibrate()
+    return model.eval()
+
+
+def assert_same_weights(first, second):
+    states = first.state_dict(), second.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name

@@ -6,19 +6,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from ops_cases import refused
 
 from contrec_fast.config import BackboneConfig, PromptConfig
 from contrec_fast.data import Items
-from contrec_fast.data.prompts import (
-    CLOSE,
-    IGNORED,
-    OPEN,
-    QUESTION,
-    ROLE,
-    CategoryMatcher,
-    Prompts,
-    response_text,
-)
+from contrec_fast.data.prompts import CLOSE, IGNORED, OPEN, CategoryMatcher, Prompts, Window
+from contrec_fast.data.templates import TEMPLATES, response_text
 from contrec_fast.models.backbone import load_backbone, make_tiny_backbone
 
 TITLES = [
@@ -45,7 +38,8 @@ SHOWN = [
     *TITLES[6:],
 ]
 CATEGORIES = ["Tea", "", "Board Games", "", "", "Tea", *["Things"] * 40]
-HISTORY = 20
+FORMS = ("full", "response", "none")
+KINDS = ("training", "inference")
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +54,36 @@ def make_prompts(text_tokenizer, tokens=2, **config):
     return Prompts(ITEMS, text_tokenizer, tokens, PromptConfig(**config))
 
 
-def random_windows(*lengths):
+def random_histories(*lengths):
     rng = np.random.default_rng(random.randrange(2**32))
     return [rng.integers(0, len(ITEMS), length) for length in lengths]
 
 
-def decode_parts(text_tokenizer, ids, rows):
-    """A prompt as text, in which continuous tokens are written as their rows in brackets."""
+def make_batch(prompts, kind, histories, rng=None):
+    """The batch and the (older, shown) items of each of its prompts, from the histories alone.
+
+    Training windows begin at 0, 1, 2, ... as far as that leaves two items.
+    """
+    if kind == "inference":
+        cuts = [max(0, len(history) - prompts.config.history) for history in histories]
+        parts = [(history[:cut], history[cut:]) for history, cut in zip(histories, cuts)]
+        return prompts.inference_batch(histories), parts
+    starts = [min(line, len(history) - 2) for line, history in enumerate(histories)]
+    windows = [Window(*pair) for pair in zip(histories, starts)]
+    parts = [(history[:start], history[start:-1]) for history, start in windows]
+    return prompts.training_batch(windows, rng), parts
+
+
+def kept(batch, line):
+    """[3, n] token ids, rows and labels of a prompt without its padding."""
+    tensors = torch.stack([batch.token_ids, batch.rows, batch.labels])
+    return tensors[:, line, batch.attention_mask[line].bool()]
+
+
+def said(text_tokenizer, batch, line, tokens):
+    """A prompt as text, in which continuous tokens are written like [item 7.1] or [user 0.1]."""
     parts, run = [], []
+    ids, rows, _ = kept(batch, line).tolist()
     for token, row in zip([*ids, None], [*rows, None]):
         if row == -1:
             run.append(token)
@@ -76,75 +92,77 @@ def decode_parts(text_tokenizer, ids, rows):
             parts.append(text_tokenizer.decode(run, clean_up_tokenization_spaces=False))
             run = []
         if row is not None:
-            parts.append(f"[{row}]")
+            owner, k = divmod(row, tokens)
+            count = len(batch.items)
+            name = f"item {batch.items[owner]}" if owner < count else f"user {owner - count}"
+            parts.append(f"[{name}.{k}]")
     return "".join(parts)
 
 
-def expected_text(history, tokens):
+def expected_text(config, tokens, line, shown, template=TEMPLATES[0], answer=None):
     """What a prompt says, from the catalog alone."""
-    text = ROLE
-    for item in history:
-        slots = "".join(f"[{item * tokens + k}]" for k in range(tokens))
-        text += f" {SHOWN[item]}{OPEN}{slots}{CLOSE}"
-    return text + QUESTION
+    with_text = config.text != "none"
+
+    def slots(owner):
+        inner = "".join(f"[{owner}.{k}]" for k in range(tokens))
+        return f"{OPEN}{inner}{CLOSE}" if with_text else inner
+
+    text = template[0] if with_text else ""
+    text += slots(f"user {line}") if config.user_token else ""
+    for item in shown:
+        text += f" {SHOWN[item]}" if config.text == "full" else ""
+        text += slots(f"item {item}")
+    text += template[1] if with_text else ""
+    if answer is not None and with_text:
+        text += response_text(SHOWN[answer], CATEGORIES[answer]) + "<eos>"
+    return text
 
 
-def unpadded(batch, line):
-    kept = batch.attention_mask[line].bool()
-    return [tensor[line][kept].tolist() for tensor in (batch.token_ids, batch.rows, batch.labels)]
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens, user_token", [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_say_and_read_what_they_should(text_tokenizer, form, tokens, user_token, kind):
+    prompts = make_prompts(text_tokenizer, tokens, text=form, user_token=user_token, history=9)
+    histories = [np.arange(7), *random_histories(2, 3, 10, 12), np.array([5, 5, 5])]
+    histories += random_histories(1) if kind == "inference" else []
+    batch, parts = make_batch(prompts, kind, histories)
+    training = kind == "training"
+    for line, (_, shown) in enumerate(parts):
+        answer = histories[line][-1] if training else None
+        expected = expected_text(prompts.config, tokens, line, shown, answer=answer)
+        assert said(text_tokenizer, batch, line, tokens) == expected
+    assert batch.items.tolist() == sorted({item for _, shown in parts for item in shown})
+    assert [row[row >= 0].tolist() for row in batch.shown] == [s.tolist() for _, s in parts]
+    assert batch.older.tolist() == [item for older, _ in parts for item in older]
+    ends = [*batch.older_offsets.tolist(), len(batch.older)]
+    assert np.diff(ends).tolist() == [len(older) for older, _ in parts] and ends[0] == 0
+
+    # Conditions are read at the last continuous token of items: of each, or of the latest.
+    reads = [
+        (line, place)
+        for line, (_, shown) in enumerate(parts)
+        for place in (range(len(shown)) if training else [len(shown) - 1])
+    ]
+    assert batch.read_row.tolist() == [line for line, _ in reads]
+    assert batch.read_item.tolist() == [place for _, place in reads]
+    for (line, place), column in zip(reads, batch.read_column.tolist(), strict=True):
+        assert batch.attention_mask[line, column] == 1
+        own = kept(batch, line)[1]
+        last = (own >= 0).nonzero()[(place + 1 + user_token) * tokens - 1].item()
+        padding = 0 if training else batch.rows.shape[1] - len(own)
+        assert column == last + padding
+    follow = [histories[line][len(parts[line][0]) + place + 1] for line, place in reads if training]
+    assert batch.next_items.tolist() == (follow if training else [-1] * len(reads))
 
 
-def check_reads(batch, tokens, histories):
-    """Conditions are read at the last continuous token of each item, right before `</diff>`."""
-    items = [item for history in histories for item in history]
-    users = [user for user, history in enumerate(histories) for _ in history]
-    assert batch.read_row.tolist() == users
-    assert len(batch.read_column) == len(items)
-    for user, column, item in zip(users, batch.read_column.tolist(), items):
-        slots = batch.rows[user, column - tokens + 1 : column + 2].tolist()
-        assert slots == [*(item * tokens + k for k in range(tokens)), -1]
-        assert batch.attention_mask[user, column] == 1
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_training_batches_say_what_they_should(text_tokenizer, tokens):
-    prompts = make_prompts(text_tokenizer, tokens)
-    windows = [np.arange(7), *random_windows(2, 3, 21, 9), np.array([5, 5, 5])]
-    batch = prompts.training_batch(windows)
-    histories = [window[:-1] for window in windows]
-    for line, window in enumerate(windows):
-        ids, rows, _ = unpadded(batch, line)
-        answer = response_text(SHOWN[window[-1]], CATEGORIES[window[-1]])
-        expected = expected_text(histories[line], tokens) + answer + "<eos>"
-        assert decode_parts(text_tokenizer, ids, rows) == expected
-    check_reads(batch, tokens, histories)
-    closing = text_tokenizer.convert_tokens_to_ids(CLOSE)
-    assert (batch.token_ids[batch.read_row, batch.read_column + 1] == closing).all()
-    assert batch.next_items.tolist() == [item for window in windows for item in window[1:]]
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_inference_batches_stop_at_the_question(text_tokenizer, tokens):
-    prompts = make_prompts(text_tokenizer, tokens)
-    histories = random_windows(1, 2, 20, 21, 45)
-    batch = prompts.inference_batch(histories)
-    kept = [history[-HISTORY:] for history in histories]
-    for line in range(len(histories)):
-        ids, rows, labels = unpadded(batch, line)
-        assert decode_parts(text_tokenizer, ids, rows) == expected_text(kept[line], tokens)
-    columns = batch.read_column.tolist()
-    assert batch.read_row.tolist() == list(range(len(histories))) and len(columns) == 5
-    for line, (column, history) in enumerate(zip(columns, kept)):
-        assert batch.rows[line, column] == history[-1] * tokens + tokens - 1
-        assert not (batch.rows[line, column + 1 :] >= 0).any()
-    assert (batch.next_items == -1).all()
-
-
-@pytest.mark.parametrize("kind", ["training", "inference"])
-def test_padding_is_on_the_right_in_training_and_on_the_left_at_inference(text_tokenizer, kind):
-    prompts = make_prompts(text_tokenizer)
-    windows = random_windows(2, 12, 5)
-    batch = getattr(prompts, f"{kind}_batch")(windows)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_is_on_the_right_in_training_and_on_the_left_at_inference(
+    text_tokenizer, form, kind
+):
+    prompts = make_prompts(text_tokenizer, text=form)
+    histories = random_histories(2, 12, 5)
+    batch, _ = make_batch(prompts, kind, histories)
     shape = batch.token_ids.shape
     for tensor in (batch.token_ids, batch.rows, batch.attention_mask, batch.labels):
         assert tensor.shape == shape and tensor.dtype == torch.int64
@@ -157,45 +175,88 @@ def test_padding_is_on_the_right_in_training_and_on_the_left_at_inference(text_t
         assert (batch.token_ids[line, padding] == text_tokenizer.pad_token_id).all()
         assert (batch.rows[line, padding] == -1).all()
         assert (batch.labels[line, padding] == IGNORED).all()
-    # Alone and in company a prompt is the same.
-    for line, window in enumerate(windows):
-        alone = getattr(prompts, f"{kind}_batch")([window])
-        assert unpadded(alone, 0) == unpadded(batch, line)
 
 
 def test_labels_cover_titles_and_answer_and_nothing_else(text_tokenizer):
-    prompts = make_prompts(text_tokenizer)
-    windows = [np.array([4, 2, 1, 3]), *random_windows(6)]
-    batch = prompts.training_batch(windows)
-    for line, window in enumerate(windows):
-        ids, rows, labels = map(np.array, unpadded(batch, line))
-        learned = labels != IGNORED
-        np.testing.assert_array_equal(ids[learned], labels[learned])
-        assert (rows[learned] == -1).all()
-        runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(learned)) + 1)
-        said = [text_tokenizer.decode(ids[run]) for run in runs if learned[run[0]]]
-        answer = response_text(SHOWN[window[-1]], CATEGORIES[window[-1]])
-        assert said == [*(f" {SHOWN[item]}" for item in window[:-1]), f"{answer}<eos>"]
+    histories = [np.array([4, 2, 1, 3]), *random_histories(6)]
+    for form in FORMS:
+        batch, parts = make_batch(make_prompts(text_tokenizer, text=form), "training", histories)
+        for line, (_, shown) in enumerate(parts):
+            ids, rows, labels = kept(batch, line).numpy()
+            learned = labels != IGNORED
+            np.testing.assert_array_equal(ids[learned], labels[learned])
+            assert (rows[learned] == -1).all()
+            runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(learned)) + 1)
+            texts = [text_tokenizer.decode(ids[run]) for run in runs if learned[run[0]]]
+            answer = histories[line][-1]
+            expected = [f" {SHOWN[item]}" for item in shown] if form == "full" else []
+            if form != "none":
+                expected.append(response_text(SHOWN[answer], CATEGORIES[answer]) + "<eos>")
+            assert texts == expected
+
+
+def test_answers_are_the_ends_of_the_prompts(text_tokenizer):
+    histories = [np.array([0, item]) for item in range(6)]
+    batch, _ = make_batch(make_prompts(text_tokenizer), "training", histories)
+    lengths = (batch.answers >= 0).sum(1)
+    assert batch.answers.dtype == torch.int64 and batch.answers.shape[1] == lengths.max()
+    for line, length in enumerate(lengths.tolist()):
+        answer = batch.answers[line]
+        assert (answer[:length] >= 0).all() and (answer[length:] == -1).all()
+        assert answer[:length].tolist() == kept(batch, line)[0, -length:].tolist()
+        assert text_tokenizer.decode(answer[:length]).startswith(" The user might l")
+    for form, kind in [("none", "training"), ("none", "inference"), ("full", "inference")]:
+        batch, _ = make_batch(make_prompts(text_tokenizer, text=form), kind, histories)
+        assert batch.answers.shape == (6, 0)
+
+
+def test_training_varies_over_the_templates_asked_for(text_tokenizer):
+    histories = random_histories(*[3] * 40)
+
+    def used(count, rng, kind="training"):
+        prompts = make_prompts(text_tokenizer, templates=count)
+        batch, parts = make_batch(prompts, kind, histories, rng)
+        numbers = []
+        for line, (_, shown) in enumerate(parts):
+            text = said(text_tokenizer, batch, line, 2)
+            (number,) = [n for n, (role, _) in enumerate(TEMPLATES) if text.startswith(role)]
+            answer = histories[line][-1] if kind == "training" else None
+            assert text == expected_text(prompts.config, 2, line, shown, TEMPLATES[number], answer)
+            numbers.append(number)
+        return numbers
+
+    assert set(used(3, np.random.default_rng())) == {0, 1, 2}
+    assert max(used(10, np.random.default_rng(4))) > 2
+    assert used(10, np.random.default_rng(4)) == used(10, np.random.default_rng(4))
+    assert set(used(1, np.random.default_rng())) == {0}
+    assert set(used(10, None)) == {0} and set(used(10, None, "inference")) == {0}
+    assert len(set(TEMPLATES)) == len(TEMPLATES) == 10
+
+
+@pytest.mark.parametrize("count", [0, 11])
+def test_refuses_templates_that_do_not_exist(text_tokenizer, count):
+    with refused(ValueError, "prompt.templates"):
+        make_prompts(text_tokenizer, templates=count)
 
 
 def test_the_latest_items_are_kept_and_a_short_configuration_is_respected(text_tokenizer):
     prompts = make_prompts(text_tokenizer, history=3, title_length=5)
-    history = np.arange(6, 12)
-    ids, rows, _ = unpadded(prompts.inference_batch([history]), 0)
-    assert [row for row in rows if row >= 0] == [18, 19, 20, 21, 22, 23]
-    assert decode_parts(text_tokenizer, ids, rows).count(" Thing<") + 1 >= 3
-    assert "Thing 1" not in decode_parts(text_tokenizer, ids, rows)
+    batch = prompts.inference_batch([np.arange(6, 12)])
+    text = said(text_tokenizer, batch, 0, 2)
+    assert re.findall(r"item (\d+)\.0", text) == ["9", "10", "11"]
+    assert text.count(f" Thing{OPEN}") == 3 and "Thing " not in text
+    assert batch.older.tolist() == [6, 7, 8]
 
 
 def test_titles_cannot_forge_special_tokens(text_tokenizer):
     special = text_tokenizer.convert_tokens_to_ids([OPEN, CLOSE, "<eos>"])
-    batch = make_prompts(text_tokenizer).training_batch([np.array([5, 5])])
+    batch = make_prompts(text_tokenizer).training_batch([Window(np.array([5, 5]), 0)])
     counts = [(batch.token_ids == token).sum().item() for token in special]
     assert counts == [1, 1, 1]  # one item read, one end of the answer
 
 
 def test_moves_as_a_whole(text_tokenizer):
-    batch = make_prompts(text_tokenizer).training_batch(random_windows(3, 4))
+    batch, _ = make_batch(make_prompts(text_tokenizer), "training", random_histories(3, 4))
     moved = batch.to("meta")
     assert all(tensor.device.type == "meta" for tensor in vars(moved).values())
 
