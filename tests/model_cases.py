@@ -4,6 +4,14 @@ import functools
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from contrec_fast.config import Config, apply_overrides
 from contrec_fast.data import synthetic_shop
@@ -79,6 +87,35 @@ def random_model(*overrides):
             model.tokenizer.fit(model.item_vectors, 4, lambda **_: None)
         model.calibrate()
     return model.eval()
+
+
+def write_backbone(path, kind, dtype=torch.float32, eos="<|end|>", spare_rows=0):
+    """A folder as others publish them: neither <diff> nor a padding token."""
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pieces.train_from_iterator(small_shop().items.titles, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token=eos)
+    vocabulary = len(tokenizer) + spare_rows
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, bos_token_id=None, eos_token_id=0, tie_word_embeddings=False,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    else:
+        config = GPT2Config(
+            vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=1024,
+            bos_token_id=None, eos_token_id=0,
+        )  # fmt: skip
+        model = GPT2LMHeadModel(config)
+    model.to(dtype).save_pretrained(path)
+    tokenizer.save_pretrained(path)
 
 
 def assert_same_weights(first, second):
