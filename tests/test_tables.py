@@ -448,10 +448,10 @@ def test_any_bytes_give_a_dataset_or_one_line(tmp_path_factory, name, items, dat
 
 def test_a_long_file_is_read_whole(tmp_path):
     """Of more than one of the blocks that the parser reads at once."""
-    count = 300_000
+    count = 30_000
     out = io.StringIO(HEADER)
     out.seek(0, io.SEEK_END)
-    out.writelines(f"u{row % 7},{'i' * 60}{row},{row}\n" for row in range(count))
+    out.writelines(f"u{row % 7},{'i' * 600}{row},{row}\n" for row in range(count))
     path = write(tmp_path, log=out.getvalue().encode())
     data = read_data(path)
     assert len(data.items) == count == sum(map(len, data.histories)) + 7

@@ -180,7 +180,8 @@ def _items_path(path: Path, given: str) -> Path | None:
     """Where titles and categories are: the file that is named, or else one beside the log."""
     if given:
         return Path(given)
-    names = [path.stem + ".item"] if path.suffix == ".inter" else ["items.csv", "items.parquet"]
+    recbole = path.suffix.lower() == ".inter"
+    names = [path.stem + ".item"] if recbole else ["items.csv", "items.parquet"]
     beside = [path.with_name(name) for name in names if name != path.name]
     found = [path for path in beside if path.exists()]
     if len(found) > 1:
