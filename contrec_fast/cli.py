@@ -1,6 +1,5 @@
 """The command `contrec`."""
 
-import csv
 import json
 import os
 import shutil
@@ -8,22 +7,16 @@ import signal
 import sys
 import tempfile
 import time
-import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-app = typer.Typer(
-    help="Generative recommendation with continuous tokens, made fast.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Run = Annotated[Path, typer.Argument(help="Folder that `contrec train` wrote.")]
 
 
@@ -35,8 +28,29 @@ def _one_line_errors():
     except BrokenPipeError:  # whoever reads the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        print(f"contrec: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(str(error))
         raise typer.Exit(1) from None
+
+
+def _say(text: str) -> None:
+    print(f"contrec: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from contrec_fast import __version__
+
+        print(f"contrec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+):
+    """Generative recommendation with continuous tokens, made fast."""
 
 
 @app.command()
@@ -45,22 +59,18 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of shop and training.")] = 0,
 ):
     """Train on a small made-up shop and show what is recommended, in a few minutes on a CPU."""
-    from contrec_fast.data import synthetic_shop, write_folder
+    from contrec_fast.data import synthetic_shop
     from contrec_fast.demo import show_users
     from contrec_fast.presets import demo_config
 
     with _one_line_errors(), tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
-        if out is not None:
-            _require_free(out)
-        write_folder(synthetic_shop(seed=seed), Path(folder) / "shop")
+        run = out or Path(folder) / "run"
         config = demo_config()
         config.seed = seed
-        run = out or Path(folder) / "run"
-        _train(Path(folder) / "shop", run, config)
-        recommender = _load(run)
-        _evaluate(recommender, run)
-        show_users(recommender, users=3, k=5, console=Console())
+        _train(lambda say: synthetic_shop(seed=seed), run, config)
+        _evaluate(run, "quick")
+        show_users(_load(run), users=3, k=5, console=Console())
         print(f"\nDone in {time.monotonic() - started:.0f} s.", end=" ")
         print(f"The run is in {out}." if out else "Keep the run with --out FOLDER.")
 
@@ -81,61 +91,92 @@ def train(
         str, typer.Option(help="Configuration to start from: default, contrec, deftrec, tokens.")
     ] = "default",
 ):
-    """Train on DATA and write a run.
+    """Train on DATA and write a run; if interrupted, the same command goes on.
 
-    A setting is that of KEY=VALUE, else of the --config file, else of the --preset.
+    A setting is that of KEY=VALUE, else of the --config file, else of the --preset. Until the run
+    is complete, what there is of it is kept in OUT.checkpoint.
     """
     from contrec_fast import presets
     from contrec_fast.config import apply_overrides, load_config
+    from contrec_fast.data import read_data
 
     with _one_line_errors():
-        _require_free(out)
         chosen = presets.preset(preset)
         if config:
             chosen = load_config(config, chosen)
-        _train(data, out, apply_overrides(chosen, overrides or []))
+        chosen = apply_overrides(chosen, overrides or [])
+        _train(lambda say: read_data(data, chosen.data, chosen.seed, say), out, chosen)
 
 
 @app.command()
-def evaluate(run: Run):
-    """Rank the held-out items of a run's users; writes RUN/metrics.json."""
+def evaluate(
+    run: Run,
+    baselines: Annotated[
+        str, typer.Option(help="What to compare with: all, quick (those that only count) or none.")
+    ] = "all",
+):
+    """Rank the held-out items of a run's users; writes RUN/metrics.json and RUN/metrics.png."""
     with _one_line_errors():
-        _evaluate(_load(run), run)
+        _evaluate(run, baselines)
 
 
 @app.command()
 def recommend(
     run: Run,
     users: Annotated[
-        list[str], typer.Option(help="User ids, separated by commas; may be repeated.")
-    ],
+        list[str] | None, typer.Option(help="User ids, separated by commas; may be repeated.")
+    ] = None,
+    users_file: Annotated[Path | None, typer.Option(help="Text file, a user id per line.")] = None,
+    histories: Annotated[
+        Path | None, typer.Option(help="New users: CSV with user_id,item_id, oldest item first.")
+    ] = None,
     k: Annotated[int, typer.Option(help="Items per user.")] = 10,
+    out: Annotated[
+        Path, typer.Option(help="File to write, .csv or .parquet; - is CSV on standard output.")
+    ] = Path("-"),
 ):
-    """Print top-K lists as CSV: user_id, item_id, title, score, rank, matched, text."""
+    """Write top-K lists: user_id, item_id, title, score, rank, matched, text.
+
+    Without any users named they are for everybody in the run's data.
+    """
+    from contrec_fast.cli_files import read_histories, read_lines, require_table, write_table
+    from contrec_fast.progress import ProgressBars
+
     with _one_line_errors():
-        recommender = _load(run)
-        dataset = recommender.dataset
-        row_of = {user: row for row, user in enumerate(dataset.user_ids)}
-        # An id may itself hold a comma.
-        wanted = [
-            user.strip()
-            for part in users
-            for user in ([part] if part in row_of else part.split(","))
-        ]
-        unknown = [user for user in wanted if user not in row_of]
-        if unknown:
-            raise ValueError(f"users: expected users of the run's data, got {unknown[0]!r}")
-        lists = recommender.recommend([row_of[user] for user in wanted], k)
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["user_id", "item_id", "title", "score", "rank", "matched", "text"])
-        for i, user in enumerate(wanted):
-            for rank, item in enumerate(lists.ids[i][lists.ids[i] >= 0]):
-                writer.writerow([
-                    user, dataset.items.ids[item], dataset.items.titles[item],
-                    f"{lists.scores[i, rank]:.6f}", rank + 1, lists.matched[i, rank],
-                    lists.texts[i],
-                ])  # fmt: skip
-        sys.stdout.flush()  # a closed pipe shows here, not when the program ends
+        given = {"--users": users, "--users-file": users_file, "--histories": histories}
+        given = [name for name, value in given.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"users: expected one of {', '.join(given)}, got {len(given)}")
+        require_table(out)
+        listed = read_lines(users_file) if users_file else None
+        new = read_histories(histories) if histories else None
+        model = _load(run)
+        if users is not None:
+            known = set(model.dataset.user_ids)  # an id may itself hold a comma
+            parts = [[part] if part in known else part.split(",") for part in users]
+            listed = [user.strip() for part in parts for user in part]
+        with ProgressBars() as progress:
+            table = model.recommend(users=listed, histories=new, k=k, progress=progress)
+        write_table(table, out)
+
+
+@app.command()
+def add_items(
+    run: Run,
+    items: Annotated[
+        Path, typer.Argument(help="CSV with item_id,title and, optionally, category.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+):
+    """Make new items recommendable without training, in a copy of a run."""
+    from contrec_fast.cli_files import read_items
+
+    with _one_line_errors():
+        _require_free(out)
+        table = read_items(items)
+        model = _load(run)
+        model.add_items(table)
+        model.save_pretrained(out)
 
 
 @app.command()
@@ -149,29 +190,103 @@ def info():
     Console().print(table)
 
 
-def _train(data: Path, out: Path, config) -> None:
-    """Train and write the run as a whole: under a temporary name, renamed when complete."""
-    from contrec_fast.data import read_folder, write_folder
-    from contrec_fast.progress import ProgressBars
-    from contrec_fast.training import train as train_model
+def _train(read, out: Path, config) -> None:
+    """Train on the dataset that `read(say)` gives and write the run as a whole.
 
+    OUT.checkpoint holds what an interrupted run goes on from, and goes when the run is there.
+    """
+    from accelerate import PartialState
+
+    from contrec_fast.data.files import whole_folder
+    from contrec_fast.progress import ProgressBars, Silent
+    from contrec_fast.training import train as train_model
+    from contrec_fast.training.checkpoint import FILE
+    from contrec_fast.training.report import TrainingLog
+
+    _require_free(out)
     _quiet_transformers()
-    dataset = read_folder(data, config.data.holdout)
-    dataset = dataset.of_users(np.flatnonzero(dataset.targets >= 0))
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     # Ended from outside, it cleans up as after an error.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    partial.mkdir(parents=True)  # now, so that a place that cannot be written to costs no time
+    main = PartialState().is_main_process  # of those that `accelerate launch` has started
+    place = out.with_name(f"{out.name}.checkpoint")
+    place.mkdir(parents=True, exist_ok=True)  # now: that it cannot be written to costs no time
+    if any(place.iterdir()) and not (place / FILE).exists():
+        raise ValueError(f"{place}: expected an interrupted run, got something else; move it away")
     try:
-        with ProgressBars() as progress:
-            model = train_model(dataset, config, progress)
-        model.save_pretrained(partial)
-        write_folder(dataset, partial / "data")
-        os.rename(partial, out)
-        progress.say(f"wrote {out}")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        with ProgressBars() if main else nullcontext(Silent()) as progress:
+            dataset = read(progress.say)
+            log = TrainingLog(place)
+            model = train_model(dataset, config, progress, checkpoint=place, log=log)
+        log.close()
+        if not main:
+            return
+        with whole_folder(out) as folder:
+            model.save_pretrained(folder)
+            if log.epochs:
+                log.save_curves(folder / "curves.png")
+                shutil.copy(place / "log.jsonl", folder)
+                shutil.copytree(place / "tensorboard", folder / "tensorboard")
+    except BaseException as error:
+        # A loss that is not finite will be so again.
+        kept = (place / FILE).exists() and not isinstance(error, FloatingPointError)
+        if not kept:
+            shutil.rmtree(place, ignore_errors=True)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            _say(f"interrupted; the same command goes on from {place}" if kept else "interrupted")
+            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
         raise
+    shutil.rmtree(place)
+    progress.say(f"wrote {out}")
+
+
+def _evaluate(run: Path, baselines: str) -> None:
+    """Measure the model and baselines, write metrics.json and metrics.png, print the table."""
+    from contrec_fast.cli_files import whole_file
+    from contrec_fast.engine import Recommender
+    from contrec_fast.evaluation.charts import NAMES, bar_chart
+    from contrec_fast.evaluation.protocol import evaluate as measure
+    from contrec_fast.progress import ProgressBars
+
+    model = _load(run)
+    with ProgressBars() as progress:
+        metrics = measure(Recommender(model, model.dataset), progress, baselines)
+    with whole_file(run / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
+    bar_chart(metrics, run / "metrics.png")
+
+    seen = "excluded" if metrics["filter_seen"] else "included"
+    table = Table(title=f"Whole catalog ranked, items of the history {seen}")
+    table.add_column("")
+    columns = list(metrics["model"])
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label, values in {"model": metrics["model"], **metrics["baselines"]}.items():
+        table.add_row(NAMES[label], *(f"{values[name]:.4f}" for name in columns))
+    Console().print(table)
+    if metrics["against"]:
+        parts = [
+            f"{name} {best['difference']:+.4f} [{best['low']:+.4f}, {best['high']:+.4f}] "
+            f"({NAMES[best['baseline']]})"
+            for name, best in metrics["against"].items()
+        ]
+        print(f"Against the best baseline, with 95 % intervals: {'; '.join(parts)}.")
+    counts = metrics["targets"]
+    reach = ", out of reach" if metrics["filter_seen"] else ""
+    print(
+        f"{counts['total']} targets: {counts['in_history']} in the user's own history{reach}; "
+        f"{counts['unseen']} in nobody's history."
+    )
+
+
+def _load(run: Path):
+    from contrec_fast.environment import default_device
+    from contrec_fast.models.contrec import ContRec
+
+    _quiet_transformers()
+    model = ContRec.from_pretrained(run).to(default_device())
+    if model.dataset is None:
+        raise ValueError(f"{run}: expected a trained model with its data, found no data")
+    return model
 
 
 def _quiet_transformers() -> None:
@@ -184,39 +299,3 @@ def _quiet_transformers() -> None:
 def _require_free(out: Path) -> None:
     if out.exists():
         raise ValueError(f"out: expected a folder that does not exist yet, got {out}")
-
-
-def _load(run: Path):
-    from contrec_fast.data import read_folder
-    from contrec_fast.engine import Recommender
-    from contrec_fast.environment import default_device
-    from contrec_fast.models.contrec import ContRec
-
-    _quiet_transformers()
-    model = ContRec.from_pretrained(run).to(default_device())
-    return Recommender(model, read_folder(run / "data"))
-
-
-def _evaluate(recommender, run: Path) -> None:
-    """Measure the model and the baselines, write metrics.json, print the table."""
-    from contrec_fast.evaluation.protocol import evaluate as measure
-    from contrec_fast.progress import ProgressBars
-
-    with ProgressBars() as progress:
-        metrics = measure(recommender, progress)
-    temporary = run / ".metrics.json"
-    temporary.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(temporary, run / "metrics.json")
-    table = Table(title="Whole catalog ranked, history excluded")
-    table.add_column("")
-    names = list(metrics["model"])
-    for name in names:
-        table.add_column(name, justify="right")
-    for label, values in {"ContRec": metrics["model"], **metrics["baselines"]}.items():
-        table.add_row(label, *(f"{values[name]:.4f}" for name in names))
-    Console().print(table)
-    counts = metrics["targets"]
-    print(
-        f"{counts['total']} targets. Out of reach, being in the user's own history: "
-        f"{counts['in_history']}.\nIn nobody's history: {counts['unseen']}."
-    )

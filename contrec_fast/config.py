@@ -117,8 +117,11 @@ class HeadConfig:
 
     space: what is diffused, item vectors or their continuous tokens, which are then decoded.
     source: conditions come from hidden states of the history, or from the response's token
-    embeddings. bag: conditions from hidden states also see the mean of the whole history.
+    embeddings. bag: conditions from hidden states also see the sum of the whole history's item
+    vectors. diffusion: off makes the condition itself the vector, for comparison.
     """
+
+    diffusion: bool = True
 
     space: str = "item"
     source: str = "hidden"

@@ -35,9 +35,12 @@ def deftrec() -> Config:
     """DeftRec, the first version of the paper (arXiv 2504.12007v1).
 
     As `contrec`, but negatives instead of dispersion: diffusion, contrastive denoising and BPR
-    losses of weight 1 each, and lists by similarity alone (no bonus).
+    losses of weight 1 each, and lists by similarity alone (no bonus). BPR is taken on what the
+    sampler gives, through all of its steps, so there are as few as by default.
     """
-    config = contrec()
+    config, default = contrec(), Config().head
+    config.head.method, config.head.steps = default.method, default.steps
+    config.head.guidance = default.guidance
     config.training.dispersive_weight = 0.0
     config.training.contrastive_weight = 1.0
     config.training.bpr_weight = 1.0

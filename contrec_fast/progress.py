@@ -62,6 +62,16 @@ class ProgressBars:
         return advance
 
 
+class Silent:
+    """Stands in for `ProgressBars` where nothing is to be shown."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def stage(self, name: str, total: int):
+        return lambda **figures: None
+
+
 def _figure(name: str, value: float) -> str:
     if name == "rate":
         return f"{value:,.0f} users/s"

@@ -1,208 +1,131 @@
 """The command `contrec`: a whole run, its files, and every refusal in one line."""
 
-import csv
-import io
 import json
-import math
 import os
 import shutil
 import signal
 import stat
 import time
 
+import cli_cases
 import pytest
 import yaml
+from cli_cases import contrec, names, refused, succeeded
 from model_cases import (
     one_thread,  # noqa: F401
     small_config,
     small_shop,
 )
-from typer.testing import CliRunner
 
 import contrec_fast
 from contrec_fast import cli, data, training
-from contrec_fast.config import load_config, save_config
-from contrec_fast.data import read_folder, write_folder
+from contrec_fast.config import load_config
+from contrec_fast.data import load_dataset
 from contrec_fast.models.contrec import ContRec
+from contrec_fast.training.report import TrainingLog
+
+run, train_arguments, world = cli_cases.run, cli_cases.train_arguments, cli_cases.world
 
 METRICS = {"hr@10", "ndcg@10", "hr@20", "ndcg@20"}
-COLUMNS = ["user_id", "item_id", "title", "score", "rank", "matched", "text"]
+QUICK = {"popularity", "itemknn", "markov"}
+FILES = {"backbone", "config.yaml", "model.safetensors", "data", "curves.png", "log.jsonl",
+         "tensorboard"}  # fmt: skip
 
 
-def contrec(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def succeeded(*arguments):
-    result = contrec(*arguments)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result
-
-
-def refused(*arguments):
-    """The one line that a command ends with; it has printed nothing else."""
-    result = contrec(*arguments)
-    assert result.exit_code == 1 and result.stdout == "", result.output
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("contrec: ")
-    return line
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with the data `shop`, `config.yaml`, and the run `deep/run` trained on them."""
-    folder = tmp_path_factory.mktemp("world")
-    write_folder(small_shop(), folder / "shop")
-    save_config(small_config(), folder / "config.yaml")
-    result = succeeded(
-        "train", folder / "shop", "--out", folder / "deep" / "run", "--config",
-        folder / "config.yaml",
-    )  # fmt: skip
-    assert result.stdout == "" and "ContRec" in result.stderr
-    succeeded("evaluate", folder / "deep" / "run")
-    return folder
-
-
-@pytest.fixture
-def train_arguments(world, tmp_path):
-    return ["train", world / "shop", "--out", tmp_path / "run", "--config", world / "config.yaml"]
-
-
-def names(folder):
-    return {path.name for path in folder.iterdir()}
-
-
-def test_a_run_is_complete_and_nothing_is_left_beside_it(world):
-    run = world / "deep" / "run"
+def test_a_run_is_complete_and_nothing_is_left_beside_it(world, run):
     assert names(world / "deep") == {"run"}
-    assert names(run) == {"backbone", "config.yaml", "model.safetensors", "data", "metrics.json"}
+    assert names(run) >= FILES and names(run) - FILES <= {"metrics.json", "metrics.png"}
     assert load_config(run / "config.yaml") == small_config()
-    again, shop = read_folder(run / "data"), small_shop()
+    again, shop = load_dataset(run / "data"), small_shop()
     assert (again.items, again.user_ids) == (shop.items, shop.user_ids)
     assert again.targets.tolist() == shop.targets.tolist()
-    plain = world / "plain"
-    plain.mkdir()
-    assert stat.S_IMODE(run.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    (world / "plain").mkdir()
+    assert stat.S_IMODE(run.stat().st_mode) == stat.S_IMODE((world / "plain").stat().st_mode)
     files = [path for path in run.rglob("*") if path.is_file()]
     assert len({stat.S_IMODE(path.stat().st_mode) for path in files}) == 1
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert {"diffusion", "ranking", "text", "rate", "learning_rate"} <= lines[0].keys()
 
 
-def test_metrics_are_those_of_the_protocol(world):
-    metrics = json.loads((world / "deep" / "run" / "metrics.json").read_text())
-    assert set(metrics) == {"model", "baselines", "targets"}
-    assert set(metrics["baselines"]) == {"popularity", "markov"}
-    for values in (metrics["model"], *metrics["baselines"].values()):
-        assert set(values) == METRICS
-        assert all(0 <= value <= 1 for value in values.values())
-        assert values["ndcg@10"] <= values["hr@10"] <= values["hr@20"]
-    assert set(metrics["targets"]) == {"total", "in_history", "unseen"}
-    assert metrics["targets"]["total"] == 30 and metrics["targets"]["in_history"] == 0
-
-
-def test_evaluate_prints_and_writes_the_same_again(world):
-    path = world / "deep" / "run" / "metrics.json"
-    before = path.read_text()
-    path.unlink()
-    result = succeeded("evaluate", world / "deep" / "run")
-    assert path.read_text() == before
-    metrics = json.loads(before)
-    for words in ("ContRec", "popularity", "markov", "30 targets", *METRICS):
+def test_evaluate_prints_and_writes_the_same_again(run):
+    result = succeeded("evaluate", run, "--baselines", "quick")
+    text = (run / "metrics.json").read_text()
+    metrics = json.loads(text)
+    assert set(metrics["model"]) == METRICS and set(metrics["baselines"]) == QUICK
+    for words in ("history excluded", "ContRec", "Popularity", "Markov", "30 targets", *METRICS):
         assert words in result.stdout
     assert f"{metrics['model']['hr@10']:.4f}" in result.stdout
+    best = metrics["against"]["ndcg@10"]
+    (line,) = (line for line in result.stdout.splitlines() if "95 %" in line)
+    assert f"ndcg@10 {best['difference']:+.4f} [{best['low']:+.4f}, {best['high']:+.4f}]" in line
     assert "Evaluation" in result.stderr and "Evaluation" not in result.stdout
+    assert (run / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    (run / "metrics.json").unlink()
+    succeeded("evaluate", run, "--baselines", "quick")
+    assert (run / "metrics.json").read_text() == text
 
 
-def test_recommend_prints_a_table_that_parses(world):
-    run, shop = world / "deep" / "run", small_shop()
-    result = succeeded(
-        "recommend", run, "--users", "user-0003,user-0001", "--users", "user-0030", "--k", 4
-    )
-    assert "\r" not in result.stdout and result.stderr == ""
-    header, *rows = csv.reader(io.StringIO(result.stdout))
-    assert header == COLUMNS and len(rows) == 12
-    users = ["user-0003"] * 4 + ["user-0001"] * 4 + ["user-0030"] * 4
-    assert [row[0] for row in rows] == users
-    assert [row[4] for row in rows] == ["1", "2", "3", "4"] * 3
-    index = {item: number for number, item in enumerate(shop.items.ids)}
-    for user, item, title, score, _, matched, _ in rows:
-        assert shop.items.titles[index[item]] == title
-        assert index[item] not in shop.histories[shop.user_ids.index(user)]
-        assert math.isfinite(float(score)) and matched in ("True", "False")
-    for start in (0, 4, 8):
-        scores = [float(row[3]) for row in rows[start : start + 4]]
-        assert scores == sorted(scores, reverse=True)
-    alone = succeeded("recommend", run, "--users", "user-0030", "--k", 4)
-    assert alone.stdout.splitlines()[1:] == result.stdout.splitlines()[9:]
+def test_evaluate_says_that_seen_items_are_included(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run")
+    tree = yaml.safe_load((other / "config.yaml").read_text())
+    tree["retrieval"]["filter_seen"] = False
+    (other / "config.yaml").write_text(yaml.safe_dump(tree))
+    out = " ".join(succeeded("evaluate", other, "--baselines", "none").stdout.split())
+    assert "history included" in out and "95 %" not in out and "Markov" not in out
+    assert "in the user's own history;" in out and "out of reach" not in out
 
 
-def test_lists_are_as_long_as_there_are_items(world):
-    result = succeeded("recommend", world / "deep" / "run", "--users", "user-0001", "--k", 60)
-    unseen = 60 - len(set(small_shop().histories[0].tolist()))
-    assert len(result.stdout.splitlines()) == 1 + unseen
+def test_a_failed_evaluation_keeps_the_metrics_of_before(run, monkeypatch):
+    succeeded("evaluate", run, "--baselines", "none")
+    before = (run / "metrics.json").read_text()
+    monkeypatch.setattr(cli.json, "dumps", lambda *_, **__: 1 / 0)
+    assert contrec("evaluate", run, "--baselines", "none").exit_code == 1
+    assert (run / "metrics.json").read_text() == before
+    assert not [name for name in names(run) if name.startswith(".")]
 
 
-def test_recommend_as_a_process_keeps_standard_output_clean(world, run_python):
-    process = run_python(
-        f"""
-import sys
-from contrec_fast.cli import app
-sys.argv = ["contrec", "recommend", {str(world / "deep" / "run")!r}, "--users", "user-0002"]
-app()
-""",
-        OMP_NUM_THREADS="1",
-    )
-    header, *rows = csv.reader(io.StringIO(process.stdout))
-    assert header == COLUMNS and len(rows) == 10
-    assert {row[0] for row in rows} == {"user-0002"}
+def test_evaluate_refuses_unknown_baselines(run):
+    line = refused("evaluate", run, "--baselines", "some")
+    assert "baselines: expected all, quick or none, got 'some'" in line
 
 
-def test_a_user_id_may_hold_a_comma(world, tmp_path):
-    run = shutil.copytree(world / "deep" / "run", tmp_path / "run")
-    users = (run / "data" / "user_list.txt").read_text()
-    assert "user-0002" in users
-    (run / "data" / "user_list.txt").write_text(users.replace("user-0002", "a,b"))
-    result = succeeded(
-        "recommend", run, "--users", "a,b", "--users", "user-0001,user-0003", "--k", 1
-    )
-    _, *rows = csv.reader(io.StringIO(result.stdout))
-    assert [row[0] for row in rows] == ["a,b", "user-0001", "user-0003"]
-
-
-def test_recommend_ends_quietly_when_its_output_is_closed(world, run_python):
-    process = run_python(
-        f"""
-import os, sys
-from contrec_fast.cli import app
-read, write = os.pipe()
-os.close(read)
-os.dup2(write, sys.stdout.fileno())
-sys.argv = ["contrec", "recommend", {str(world / "deep" / "run")!r}, "--users", " user-0002 "]
-app()
-""",
-        OMP_NUM_THREADS="1",
-    )
-    assert process.stderr == ""
-
-
-def test_the_command_line_overrides_the_file(train_arguments, tmp_path):
-    succeeded(*train_arguments, "seed=9", "training.epochs=1", "data.holdout=validation")
+def test_overrides_beat_the_file_which_beats_the_preset(train_arguments, tmp_path):
+    succeeded(*train_arguments, "--preset", "contrec", "seed=9", "training.epochs=1",
+              "data.holdout=validation")  # fmt: skip
     config = small_config()
     config.seed, config.training.epochs, config.data.holdout = 9, 1, "validation"
     assert load_config(tmp_path / "run" / "config.yaml") == config
-    held_out = read_folder(tmp_path / "run" / "data").targets.tolist()
+    held_out = load_dataset(tmp_path / "run" / "data").targets.tolist()
     assert held_out == [int(history[-1]) for history in small_shop().histories]
 
 
-def test_users_without_a_target_are_left_out(train_arguments, tmp_path):
+@pytest.mark.parametrize("preset", ["deftrec", "tokens"])
+def test_presets_train_evaluate_and_recommend(world, tmp_path, preset):
+    sizes = ["lightgcn.epochs=1", "lightgcn.dim=8", "tokenizer.epochs=1", "backbone.hidden=8",
+             "backbone.vocabulary=300", "head.width=8", "head.depth=1", "head.timesteps=20",
+             "prompt.response_tokens=4", "training.epochs=1"]  # fmt: skip
+    run = tmp_path / "run"
+    succeeded("train", world / "shop", *sizes, "--out", run, "--preset", preset)
+    succeeded("evaluate", run, "--baselines", "none")
+    assert len(succeeded("recommend", run, "--k", 2).stdout.splitlines()) == 1 + 2 * 30
+
+
+def test_no_epochs_give_a_run_without_curves(train_arguments, tmp_path):
+    succeeded(*train_arguments, "training.epochs=0")
+    assert names(tmp_path / "run") == FILES - {"curves.png", "log.jsonl", "tensorboard"}
+
+
+def test_train_reads_a_table_of_interactions(train_arguments, tmp_path):
     shop = small_shop()
-    histories = [
-        history[:1] if user < 5 else history for user, history in enumerate(shop.histories)
-    ]
-    other = data.Dataset(shop.items, shop.user_ids, histories, shop.targets)
-    write_folder(other, tmp_path / "shop")
-    train_arguments[1] = tmp_path / "shop"
-    succeeded(*train_arguments, "training.epochs=0", "data.holdout=validation")
-    assert read_folder(tmp_path / "run" / "data").user_ids == shop.user_ids[5:]
+    rows = ["user_id,item_id,timestamp"]
+    for user, history, target in zip(shop.user_ids, shop.histories, shop.targets):
+        rows += [f"{user},{shop.items.ids[i]},{at}" for at, i in enumerate([*history, target])]
+    (tmp_path / "log.csv").write_text("\n".join(rows) + "\n")
+    train_arguments[1] = tmp_path / "log.csv"
+    result = succeeded(*train_arguments, "training.epochs=0")
+    assert "30 users" in result.stderr
+    assert load_dataset(tmp_path / "run" / "data").user_ids == sorted(shop.user_ids)
 
 
 def test_train_refuses_an_existing_folder(train_arguments, tmp_path, monkeypatch):
@@ -211,7 +134,21 @@ def test_train_refuses_an_existing_folder(train_arguments, tmp_path, monkeypatch
     assert f"out: expected a folder that does not exist yet, got {tmp_path / 'run'}" in refused(
         *train_arguments
     )
-    assert names(tmp_path / "run") == set()
+    assert names(tmp_path) == {"run"} and names(tmp_path / "run") == set()
+
+
+def test_train_refuses_places_that_it_cannot_have_before_it_reads(
+    train_arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data, "read_data", None)
+    (tmp_path / "file").write_text("mine")
+    train_arguments[3] = tmp_path / "file" / "run"
+    assert str(tmp_path / "file" / "run.checkpoint") in refused(*train_arguments)
+    (tmp_path / "run.checkpoint").mkdir()
+    (tmp_path / "run.checkpoint" / "notes").write_text("mine")
+    train_arguments[3] = tmp_path / "run"
+    assert "run.checkpoint: expected an interrupted run, got something" in refused(*train_arguments)
+    assert names(tmp_path / "run.checkpoint") == {"notes"}
 
 
 @pytest.mark.parametrize(
@@ -233,20 +170,11 @@ def test_train_refuses_a_bad_configuration(world, train_arguments, tmp_path, tex
             tree[part] |= values
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(tree if isinstance(wrong, dict) else wrong))
-    line = refused(*train_arguments[:-1], path)  # one line: nothing was trained before it
-    assert all(word in line for word in words), line
+    result = contrec(*train_arguments[:-1], path)
+    line = result.stderr.splitlines()[-1]
+    assert result.exit_code == 1 and all(word in line for word in words), line
+    assert "LightGCN" not in result.stderr  # nothing was trained before it
     assert names(tmp_path) == {"wrong.yaml"}
-
-
-def test_train_refuses_data_that_is_not_there(train_arguments, tmp_path):
-    train_arguments[1] = tmp_path / "absent"
-    assert f"{tmp_path / 'absent'}: expected a folder" in refused(*train_arguments)
-    (tmp_path / "empty").mkdir()
-    train_arguments[1] = tmp_path / "empty"
-    assert "train.txt" in refused(*train_arguments)
-    train_arguments[-1] = tmp_path / "no.yaml"
-    assert "no.yaml" in refused(*train_arguments)
-    assert names(tmp_path) == {"empty"}
 
 
 @pytest.mark.parametrize(
@@ -265,97 +193,86 @@ def test_train_refuses_settings(train_arguments, tmp_path, arguments, words):
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--users", "nobody"], ["users", "'nobody'"]),
-        (["--users", "user-0001,,user-0002"], ["users", "''"]),
-        (["--users", "user-0001", "--k", 0], ["k:", "60", "0"]),
-        (["--users", "user-0001", "--k", -2], ["k:", "60", "-2"]),
-        (["--users", "user-0001", "--k", 61], ["k:", "60", "61"]),
-    ],
-)
-def test_recommend_refuses(world, arguments, words):
-    line = refused("recommend", world / "deep" / "run", *arguments)
-    assert all(word in line for word in words), line
+def test_train_refuses_data_that_is_not_there(train_arguments, tmp_path):
+    train_arguments[1] = tmp_path / "absent"
+    assert f"{tmp_path / 'absent'}: expected a file or folder" in refused(*train_arguments)
+    (tmp_path / "empty").mkdir()
+    train_arguments[1] = tmp_path / "empty"
+    assert "train.txt" in refused(*train_arguments)
+    train_arguments[-1] = tmp_path / "no.yaml"
+    assert "no.yaml" in refused(*train_arguments)
+    assert names(tmp_path) == {"empty"}
 
 
-@pytest.mark.parametrize("command", ["evaluate", "recommend"])
-def test_refuses_what_is_no_run(world, tmp_path, command):
-    rest = ["--users", "user-0001"] if command == "recommend" else []
-    assert str(tmp_path / "absent") in refused(command, tmp_path / "absent", *rest)
-    for name in ("config.yaml", "model.safetensors", "data", "backbone"):
-        folder = tmp_path / name
-        shutil.copytree(
-            world / "deep" / "run", folder,
-            ignore=lambda at, _, name=name: [name] if at == str(world / "deep" / "run") else [],
-        )  # fmt: skip
-        line = refused(command, folder, *rest)
-        assert str(folder) in line and name in line
+def interrupt(signal_number):
+    os.kill(os.getpid(), signal_number)
+    time.sleep(60)  # which the signal interrupts
 
 
-def failing(error, part):
-    """Something that writes `part` and then fails."""
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    run, train_arguments, tmp_path, monkeypatch, number, status
+):
+    record, before = TrainingLog.epoch, signal.getsignal(signal.SIGTERM)
 
-    def fail(model, path):
-        path.mkdir(parents=True, exist_ok=True)
-        (path / part).write_text("half")
-        raise error
+    def epoch(log, at, **figures):
+        if at == 2:
+            interrupt(number)
+        record(log, at, **figures)
 
-    return fail
+    place = tmp_path / "run.checkpoint"
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLog, "epoch", epoch)
+        result = contrec(*train_arguments)
+    signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == status and result.stdout == ""
+    assert result.stderr.splitlines()[-1] == (
+        f"contrec: interrupted; the same command goes on from {place}"
+    )
+    assert names(tmp_path) == {"run.checkpoint"}
 
+    other = contrec(*train_arguments, "seed=8")
+    assert other.exit_code == 1
+    assert f"{place}: expected checkpoints of the same data" in other.stderr.splitlines()[-1]
+    assert names(tmp_path) == {"run.checkpoint"}
 
-@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("bad")])
-def test_a_failure_while_saving_leaves_nothing(train_arguments, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(ContRec, "save_pretrained", failing(error, "config.yaml"))
-    result = contrec(*train_arguments, "training.epochs=0")
-    assert result.exit_code == 1 and result.stdout == ""
-    assert result.stderr.splitlines()[-1] == f"contrec: {error}"
-    assert names(tmp_path) == set()
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
-def test_an_interruption_while_saving_leaves_nothing(train_arguments, tmp_path, monkeypatch, error):
-    def fail(dataset, path):
-        assert path.parent.parent == tmp_path and names(path.parent)  # the model is there already
-        raise error
-
-    monkeypatch.setattr(data, "write_folder", fail)
-    assert contrec(*train_arguments, "training.epochs=0").exit_code != 0
-    assert names(tmp_path) == set()
-
-
-def test_a_run_that_is_ended_from_outside_leaves_nothing(train_arguments, tmp_path, monkeypatch):
-    def end(dataset, path):
-        assert names(path.parent)  # the model is there already
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)  # which the signal interrupts
-
-    monkeypatch.setattr(data, "write_folder", end)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert contrec(*train_arguments, "training.epochs=0").exit_code == 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert names(tmp_path) == set()
+    assert "going on after epoch 1" in succeeded(*train_arguments).stderr
+    assert names(tmp_path) == {"run"} and names(tmp_path / "run") == FILES
+    for name in ("model.safetensors", "backbone/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
-def test_a_failure_in_training_leaves_nothing(world, train_arguments, tmp_path):
-    config = small_config(text_weight=1e38, learning_rate=1e30)
-    save_config(config, tmp_path / "wild.yaml")
-    train_arguments[-1] = tmp_path / "wild.yaml"
+def test_an_interruption_before_there_is_a_checkpoint_leaves_nothing(
+    train_arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data, "read_data", lambda *_: interrupt(signal.SIGINT))
     result = contrec(*train_arguments)
+    assert result.exit_code == 130 and result.stderr == "contrec: interrupted\n"
+    assert names(tmp_path) == set()
+
+
+def test_a_failure_while_saving_leaves_only_the_checkpoint(train_arguments, tmp_path, monkeypatch):
+    def fail(model, path):
+        (path / "config.yaml").write_text("half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContRec, "save_pretrained", fail)
+        result = contrec(*train_arguments)
     assert result.exit_code == 1 and result.stdout == ""
-    assert "expected a finite loss" in result.stderr.splitlines()[-1]
-    assert names(tmp_path) == {"wild.yaml"}
+    assert result.stderr.splitlines()[-1] == "contrec: disk full"
+    assert names(tmp_path) == {"run.checkpoint"}
+    assert "ContRec 1/" not in succeeded(*train_arguments).stderr  # nothing is trained again
+    assert names(tmp_path / "run") == FILES
 
 
-def test_a_failed_evaluation_keeps_the_metrics_of_before(world, monkeypatch):
-    path = world / "deep" / "run" / "metrics.json"
-    before = path.read_text()
-    monkeypatch.setattr(cli.json, "dumps", lambda *_, **__: 1 / 0)
-    assert contrec("evaluate", world / "deep" / "run").exit_code == 1
-    assert path.read_text() == before
+def test_a_loss_that_is_not_finite_leaves_nothing(train_arguments, tmp_path):
+    result = contrec(*train_arguments, "training.text_weight=1e38", "training.learning_rate=1e30")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert "expected a finite" in result.stderr.splitlines()[-1]
+    assert names(tmp_path) == set()
 
 
 @pytest.fixture
@@ -369,7 +286,7 @@ def small_demo(monkeypatch):
 def test_demo_trains_evaluates_and_shows_users(small_demo, tmp_path):
     result = succeeded("demo", "--out", tmp_path / "kept", "--seed", 4)
     out = result.stdout
-    for words in ("ContRec", "popularity", "markov", "hr@10", "30 targets"):
+    for words in ("ContRec", "Popularity", "Markov", "hr@10", "30 targets"):
         assert words in out
     shop = small_shop()
     for row in (0, 14, 29):
@@ -397,20 +314,14 @@ def test_demo_keeps_nothing_unless_asked(small_demo, tmp_path, monkeypatch):
 
 def test_info_says_what_can_run():
     out = succeeded("info").stdout
-    for words in (
-        "contrec-fast",
-        contrec_fast.__version__,
-        "torch",
-        "CPU",
-        "GPU",
-        "Triton kernels",
-    ):
+    for words in ("contrec-fast", contrec_fast.__version__, "torch", "CPU", "GPU", "Triton"):
         assert words in out
     for operation in contrec_fast.ops.backends():
         assert f"ops.{operation}" in out
 
 
-def test_help_names_every_command():
+def test_help_names_every_command_and_version_is_that_of_the_package():
     out = succeeded("--help").stdout
-    for command in ("demo", "train", "evaluate", "recommend", "info"):
+    for command in ("demo", "train", "evaluate", "recommend", "add-items", "info"):
         assert command in out
+    assert succeeded("--version").stdout == f"contrec {contrec_fast.__version__}\n"

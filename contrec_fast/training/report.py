@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from torch.utils.tensorboard import SummaryWriter
 
 METRICS = ("ndcg", "hr")  # how the names of validation figures start
@@ -27,9 +28,13 @@ class TrainingLog:
     def epoch(self, number: int, **figures: float) -> None:
         """Record an epoch, counted from 1; it and later ones are forgotten if known already.
 
+        Without figures nothing happens: the epoch was recorded before an interruption.
+
         figures: losses by their names, `rate` in users/s, `learning_rate`, and validation metrics,
         whose names start with "ndcg" or "hr".
         """
+        if not figures:
+            return
         self.epochs = [line for line in self.epochs if line["epoch"] < number]
         self.epochs.append({"epoch": number} | {n: float(v) for n, v in figures.items()})
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +83,9 @@ class TrainingLog:
             for name in names:
                 axes.plot(*curves[name], marker=".", label=name)
             axes.set(title=title, xlabel="epoch", yscale="log" if title == "Losses" else "linear")
+            if title == "Losses":  # 0.5 rather than 5 x 10^-1
+                axes.yaxis.set_major_formatter(LogFormatter())
+                axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             axes.legend()

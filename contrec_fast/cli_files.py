@@ -1,0 +1,73 @@
+"""The tables that the command line reads and writes."""
+
+import os
+import sys
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+from contrec_fast.data.columns import id_column, read_table, text_column
+from contrec_fast.data.files import decode, read_bytes
+
+SUFFIXES = (".csv", ".parquet")
+STANDARD_OUTPUT = Path("-")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, without blanks around them; empty ones mean nothing."""
+    lines = (line.strip() for line in decode(path, read_bytes(path)).splitlines())
+    return [line for line in lines if line]
+
+
+def read_histories(path: Path) -> dict[str, list[str]]:
+    """{user: item ids in the order of the rows} of a table with user_id and item_id."""
+    table = read_table(path, ("user_id", "item_id"))
+    histories: dict[str, list[str]] = {}
+    pairs = zip(*(id_column(table, name).to_pylist() for name in ("user_id", "item_id")))
+    for user, item in pairs:
+        histories.setdefault(user, []).append(item)
+    return histories
+
+
+def read_items(path: Path) -> pd.DataFrame:
+    """item_id, title and, if it is there, category of a table, as strings."""
+    table = read_table(path, ("item_id", "title"), (("category",),))
+    columns = {name: text_column(table, name) for name in table.columns}
+    return pd.DataFrame(columns | {"item_id": id_column(table, "item_id").to_pylist()})
+
+
+def require_table(path: Path) -> None:
+    """ValueError, in one line, for a file that `write_table` could not write."""
+    if path == STANDARD_OUTPUT:
+        return
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"out: expected -, a .csv or a .parquet file, got {path}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"out: expected a file in a folder that can be written to, got {path}")
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table to a .csv or .parquet file or, for "-", as CSV to standard output."""
+    csv = {"index": False, "float_format": "%.6f", "lineterminator": "\n"}
+    if path == STANDARD_OUTPUT:
+        table.to_csv(sys.stdout, **csv)
+        sys.stdout.flush()  # a closed pipe shows here, not when the program ends
+        return
+    with whole_file(path) as partial:
+        if path.suffix == ".parquet":
+            table.to_parquet(partial, index=False)
+        else:
+            table.to_csv(partial, **csv)
+
+
+@contextmanager
+def whole_file(path: Path):
+    """A name to write to; the file appears at `path`, whole, or stays what it was."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
