@@ -14,7 +14,7 @@ from contrec_fast.config import HeadConfig, TrainingConfig
 from contrec_fast.models.diffusion import DISPERSIVE_ROWS, DiffusionHead
 from contrec_fast.models.lightgcn import LightGCN, whiten
 from contrec_fast.models.losses import contrastive_denoising_loss, dispersive_loss
-from contrec_fast.models.schedules import METHODS, PREDICTIONS
+from contrec_fast.models.schedules import METHODS, PREDICTIONS, SCHEDULES, training_target
 from contrec_fast.models.tokenizer import SigmaVAE
 
 
@@ -310,6 +310,26 @@ def test_head_losses_equal_their_formulas(prediction, monkeypatch):
     }
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(expected[name].item(), rel=1e-6), name
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_perfect_network_has_no_loss_and_gives_x0(schedule, prediction, method, monkeypatch):
+    options = {"schedule": schedule, "prediction": prediction, "method": method}
+    head = make_head(**HEADS[0], **options, steps=7)
+    x0 = doubles(5, 6).detach()
+
+    def perfect(denoiser, x, condition, t, guidance):
+        signal = head.alpha_bar[t][:, None]
+        noise = (x - signal.sqrt() * x0) / (1 - signal).sqrt()
+        return training_target(prediction, x0, noise, signal)
+
+    monkeypatch.setattr(ops, "denoise", perfect)
+    losses = head_losses(head, x0, x0, doubles(5, 6).detach(), contrastive_weight=0.0)
+    assert losses["diffusion"] < 1e-16
+    assert losses["dispersive"].item() == pytest.approx(dispersive_loss(x0, 0.5).item(), rel=1e-6)
+    torch.testing.assert_close(head.unroll(x0), x0, rtol=0, atol=1e-7)
 
 
 def test_conditions_are_dropped_at_their_rate():
