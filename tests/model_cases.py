@@ -1,7 +1,10 @@
 """What the tests of the model share: sizes that train in a second, and models made once."""
 
 import functools
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -15,6 +18,7 @@ from transformers import (
 
 from contrec_fast.config import Config, apply_overrides
 from contrec_fast.data import synthetic_shop
+from contrec_fast.data.prompts import Prompts, Window
 from contrec_fast.models.quantizer import ResidualQuantizer
 from contrec_fast.training import train
 from contrec_fast.training.build import build
@@ -27,6 +31,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+FOLDER = tempfile.TemporaryDirectory()
+RESIDUAL = "tokenizer.kind=residual-quantizer"  # an override
 
 
 class Recorder:
@@ -70,23 +78,52 @@ def small_shop(users=30):
 @functools.cache
 def trained_model(*overrides):
     """A model of `small_config(*overrides)` trained on `small_shop`; not to be changed."""
-    return train(small_shop(), small_config(*overrides), Recorder())
+    with torch.random.fork_rng([]):  # training seeds anew: tests' inputs stay random
+        return train(small_shop(), small_config(*overrides), Recorder())
 
 
 @functools.cache
 def random_model(*overrides):
     """The same with random weights instead of trained ones, at once; not to be changed."""
-    model, _ = build(small_shop(), small_config(*overrides), Recorder(), pretrain=False)
-    with torch.no_grad():
+    with torch.random.fork_rng([]), torch.no_grad():
+        model, _ = build(small_shop(), small_config(*overrides), Recorder(), pretrain=False)
         torch.nn.init.normal_(model.item_vectors)
-        model.collaborative.copy_(model.item_vectors)
         torch.nn.init.normal_(model.text_map)
         for parameter in model.head.parameters():  # modulations start at zero
             torch.nn.init.normal_(parameter, std=0.7 * parameter.shape[-1] ** -0.5)
+        model.collaborative.copy_(model.item_vectors)
         if isinstance(model.tokenizer, ResidualQuantizer):
             model.tokenizer.fit(model.item_vectors, 4, lambda **_: None)
         model.calibrate()
     return model.eval()
+
+
+def prompts_of(model, items=None):
+    config, items = model.config, items or small_shop().items
+    return Prompts(items, model.text_tokenizer, config.tokenizer.tokens, config.prompt)
+
+
+def random_history(length):
+    """Different items of `small_shop` in random order."""
+    return np.random.permutation(len(small_shop().items))[:length]
+
+
+def training_batch(model, *lengths):
+    """Windows into random histories of these lengths that begin at 0, 1, 2, ..."""
+    return prompts_of(model).training_batch(
+        [Window(random_history(length), start) for start, length in enumerate(lengths)]
+    )
+
+
+@functools.cache
+def backbone_of(kind):
+    """The override that chooses a language model: "tiny", "llama" or "gpt2"."""
+    if kind == "tiny":
+        return "backbone.path=tiny"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        write_backbone(Path(FOLDER.name) / kind, kind)
+    return f"backbone.path={FOLDER.name}/{kind}"
 
 
 def write_backbone(path, kind, dtype=torch.float32, eos="<|end|>", spare_rows=0):

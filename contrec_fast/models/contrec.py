@@ -55,7 +55,7 @@ class ContRec(nn.Module):
             raise ValueError("head.space: expected 'item' with discrete tokens, got 'tokenizer'")
         self.config, self.backbone, self.text_tokenizer = config, backbone, text_tokenizer
         self.dataset = dataset
-        self.tokenizer = tokenizer.requires_grad_(training.train_tokens)
+        self.tokenizer = tokenizer.requires_grad_(training.train_tokens).eval()
         self.item_vectors = nn.Parameter(item_vectors.clone(), requires_grad=training.train_items)
         self.register_buffer("collaborative", item_vectors.clone())
         # Codes stay what they are; continuous tokens follow the vectors that they are made of.
