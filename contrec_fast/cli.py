@@ -198,6 +198,7 @@ def _train(read, out: Path, config) -> None:
     from accelerate import PartialState
 
     from contrec_fast.data.files import whole_folder
+    from contrec_fast.environment import default_device
     from contrec_fast.progress import ProgressBars, Silent
     from contrec_fast.training import train as train_model
     from contrec_fast.training.checkpoint import FILE
@@ -207,7 +208,8 @@ def _train(read, out: Path, config) -> None:
     _quiet_transformers()
     # Ended from outside, it cleans up as after an error.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    main = PartialState().is_main_process  # of those that `accelerate launch` has started
+    # Of the processes that torchrun or `accelerate launch` has started, one reads and writes.
+    main = PartialState(cpu=default_device().type == "cpu").is_main_process
     place = out.with_name(f"{out.name}.checkpoint")
     place.mkdir(parents=True, exist_ok=True)  # now: that it cannot be written to costs no time
     if any(place.iterdir()) and not (place / FILE).exists():

@@ -46,15 +46,16 @@ class ProgressBars:
 
         Returns:
             `advance(**figures)`, to be called after each unit with the figures to show: losses
-            and metrics by their name, `rate` in users/s, `learning_rate`.
+            and metrics by their name, `rate` in users/s, `learning_rate`. Without any, those of
+            before stay.
         """
         task = self._bars.add_task(name, total=total, figures="")
-        done = 0
+        done, text = 0, ""
 
         def advance(**figures: float) -> None:
-            nonlocal done
+            nonlocal done, text
             done += 1
-            text = "  ".join(_figure(name, value) for name, value in figures.items())
+            text = "  ".join(_figure(name, value) for name, value in figures.items()) or text
             self._bars.update(task, advance=1, figures=text)
             if not self._console.is_terminal and (done % max(total // 10, 1) == 0 or done == total):
                 print(f"{name} {done}/{total}  {text}".rstrip(), file=sys.stderr, flush=True)
