@@ -127,7 +127,7 @@ class HeadConfig:
     source: str = "hidden"
     bag: bool = True
     prediction: str = "x0"
-    denoiser: str = "adaln"
+    denoiser: str = "mlp"
     width: int = 128
     depth: int = 3
     separable: bool = False
@@ -149,7 +149,7 @@ class TrainingConfig:
     train_tokens: the tokenizer learns on. Weights of losses: 0 leaves one out.
     """
 
-    epochs: int = 25
+    epochs: int = 20
     patience: int = 0
     precision: str = "fp32"
     train_items: bool = True

@@ -56,7 +56,7 @@ def tokens() -> Config:
     config = Config()
     config.prompt.text = "none"
     config.retrieval.bonus = 0.0
-    config.training.batch_size = 128
+    config.training.batch_size = 64
     return config
 
 

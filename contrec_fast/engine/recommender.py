@@ -142,13 +142,13 @@ def best_of_draws(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     k = scores.shape[2]
     scores, ids = (lists.movedim(0, 1).flatten(1) for lists in (scores, ids))
-    order = scores.argsort(1, descending=True, stable=True)
-    order = order.gather(1, ids.gather(1, order).argsort(1, stable=True))
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, ids.gather(1, order).argsort(dim=1, stable=True))
     scores, ids = scores.gather(1, order), ids.gather(1, order)  # by id, its best score first
     again = torch.zeros_like(ids, dtype=torch.bool)
     again[:, 1:] = ids[:, 1:] == ids[:, :-1]
     scores = scores.masked_fill(again, -torch.inf)
-    order = scores.argsort(1, descending=True, stable=True)[:, :k]
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     scores, ids = scores.gather(1, order), ids.gather(1, order)
     return scores, ids.masked_fill(scores == -torch.inf, -1)
 

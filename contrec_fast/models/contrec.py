@@ -110,15 +110,21 @@ class ContRec(nn.Module):
     def summaries(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Sums of item vectors over the square root of their number, so that none is too long.
 
+        In training, dropout leaves out whole items, so that no item comes to rely on another.
+
         Returns:
             [B, D] of what each user chose before the items shown (zero if nothing) and [B, M, D]
             of that and the items shown up to each.
         """
         vectors = self.item_vectors
-        before = F.embedding_bag(batch.older, vectors, batch.older_offsets, mode="sum")
+        before = F.embedding_bag(
+            batch.older, vectors, batch.older_offsets, mode="sum",
+            per_sample_weights=self.dropout(vectors.new_ones(len(batch.older))),
+        )  # fmt: skip
         total = torch.full_like(batch.older_offsets, len(batch.older))
         number = torch.cat([batch.older_offsets[1:], total[:1]]) - batch.older_offsets
-        shown = F.embedding(batch.shown.clamp(min=0), vectors) * (batch.shown >= 0)[..., None]
+        kept = self.dropout((batch.shown >= 0).to(vectors.dtype))
+        shown = F.embedding(batch.shown.clamp(min=0), vectors) * kept[..., None]
         steps = torch.arange(1, shown.shape[1] + 1, device=shown.device)
         upto = before[:, None] + shown.cumsum(1)
         return (
@@ -151,7 +157,7 @@ class ContRec(nn.Module):
         if self.bag is None:
             return condition
         bags = self.summaries(batch)[1][batch.read_row, batch.read_item]
-        return condition + self.bag(self.dropout(bags))
+        return condition + self.bag(bags)
 
     def response_conditions(self, answers: Tensor) -> Tensor:
         """Conditions [B, D] from the token ids [B, S] of responses, padded with -1."""

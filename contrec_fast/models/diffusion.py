@@ -98,7 +98,7 @@ class DiffusionHead(nn.Module):
             return condition
 
         def network(x: Tensor, step: int) -> Tensor:
-            t = self.indices[step].expand(len(x))
+            t = self.indices[step : step + 1]
             return ops.denoise(self.denoiser, x, condition, t, self.config.guidance)
 
         def noise_of(step: int) -> Tensor:

@@ -134,11 +134,11 @@ def denoise(
         denoiser: LinearDenoiser, MLPDenoiser or AdaLNDenoiser.
         x: [B, D] noisy vectors, in the denoiser's dtype and on its device.
         condition: [B, D], or None for the null branch alone.
-        t: [B] int64 step indices.
+        t: [B] int64 step indices, or [1] for one step of all rows, which costs less.
         guidance: w in `(1 + w) f(x, h, t) - w f(x, null, t)`.
 
     Returns:
-        x0_hat [B, D].
+        What the denoiser predicts [B, D]: x0, noise or v.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or backend, in one line.
@@ -146,7 +146,7 @@ def denoise(
     description = describe(denoiser)
     weights = list(denoiser.parameters())
     check("x", x, ("B", denoiser.dim), (weights[0].dtype,), like=weights[0])
-    check("t", t, (x.shape[0],), INTEGERS, like=x)
+    check("t", t, (1 if len(t) == 1 else x.shape[0],), INTEGERS, like=x)
     if condition is not None:
         check("condition", condition, tuple(x.shape), (x.dtype,), like=x)
     arguments = (x, condition, t, weights, description, float(guidance))
