@@ -26,9 +26,9 @@ WORDS = ["kettle", "tent", "lens", "saga", "front light", "chain"]
 
 
 def test_tiny_backbone_is_a_folder_like_any_other(tmp_path):
-    make_tiny_backbone(
-        WORDS, BackboneConfig(hidden=16, layers=2, heads=2, vocabulary=300), tmp_path
-    )
+    config = BackboneConfig(hidden=16, layers=2, heads=2, vocabulary=300)
+    for part in make_tiny_backbone(WORDS, config):
+        part.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3"
     backbone, tokenizer = load_backbone(tmp_path)
     sizes = backbone.config
@@ -44,18 +44,17 @@ def test_tiny_backbone_is_a_folder_like_any_other(tmp_path):
     assert tokenizer.decode(ids, skip_special_tokens=True) == " front light Ünïcode 茶"
 
 
-def test_tiny_backbone_is_reproducible_and_refuses_heads_of_odd_width(tmp_path):
+def test_tiny_backbone_is_reproducible_and_refuses_heads_of_odd_width():
     config = BackboneConfig(hidden=8, layers=1, heads=2, vocabulary=300)
     states = []
-    for name in ("a", "b"):
+    for _ in range(2):
         torch.manual_seed(5)
-        make_tiny_backbone(WORDS, config, tmp_path / name)
-        states.append(load_backbone(tmp_path / name)[0].state_dict())
+        states.append(make_tiny_backbone(WORDS, config)[0].state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     config.hidden = 6
     with pytest.raises(ValueError, match="^backbone.hidden: expected a multiple of .*, got 6$"):
-        make_tiny_backbone(WORDS, config, tmp_path / "c")
+        make_tiny_backbone(WORDS, config)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -12,7 +12,7 @@ from contrec_fast.config import BackboneConfig, PromptConfig
 from contrec_fast.data import Items
 from contrec_fast.data.prompts import CLOSE, IGNORED, OPEN, CategoryMatcher, Prompts, Window
 from contrec_fast.data.templates import TEMPLATES, response_text
-from contrec_fast.models.backbone import load_backbone, make_tiny_backbone
+from contrec_fast.models.backbone import make_tiny_backbone
 
 TITLES = [
     "Plain Kettle",
@@ -43,11 +43,9 @@ KINDS = ("training", "inference")
 
 
 @pytest.fixture(scope="module")
-def text_tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("backbone")
+def text_tokenizer():
     config = BackboneConfig(hidden=8, layers=1, heads=1, vocabulary=300)
-    make_tiny_backbone(TITLES, config, folder)
-    return load_backbone(folder)[1]
+    return make_tiny_backbone(TITLES, config)[1]
 
 
 def make_prompts(text_tokenizer, tokens=2, **config):

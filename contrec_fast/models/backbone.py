@@ -19,12 +19,15 @@ from contrec_fast.data.prompts import CLOSE, OPEN
 from contrec_fast.data.templates import TEMPLATES
 
 
-def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig, path: str | Path) -> None:
-    """Write an untrained Qwen3 of the given sizes with a byte-level BPE tokenizer of its own.
+def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig):
+    """An untrained Qwen3 of the given sizes with a byte-level BPE tokenizer of its own.
 
     Args:
-        texts: what the tokenizer is trained on (titles, categories). path: folder to write,
-        in the layout of `save_pretrained`. Uses torch's global random state.
+        texts: what the tokenizer is trained on (titles, categories). Uses torch's global random
+        state.
+
+    Returns:
+        (model in float32, tokenizer).
 
     Raises:
         ValueError: heads of an odd width, which rotary positions cannot turn.
@@ -69,8 +72,7 @@ def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig, path: str |
             bos_token_id=None,
         )
     )
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    return model, tokenizer
 
 
 def load_backbone(path: str | Path):

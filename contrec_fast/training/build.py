@@ -1,7 +1,5 @@
 """The untrained model: language model, collaborative vectors, tokenizer, put together."""
 
-import tempfile
-
 import torch
 from peft import PeftModel
 
@@ -48,11 +46,9 @@ def build(
 
 
 def _backbone(dataset: Dataset, config: Config):
-    """The configured language model; a tiny one goes through a folder like any other."""
+    """The configured language model and its tokenizer."""
     if config.backbone.path != "tiny":
         return load_backbone(config.backbone.path)
     items = dataset.items
     texts = [response_text(*pair) for pair in zip(items.titles, items.categories)]
-    with tempfile.TemporaryDirectory() as folder:
-        make_tiny_backbone(texts, config.backbone, folder)
-        return load_backbone(folder)
+    return make_tiny_backbone(texts, config.backbone)
