@@ -159,7 +159,7 @@ class TrainingConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 50
     clip_norm: float = 1.0
-    dropout: float = 0.3
+    dropout: float = 0.4
     diffusion_weight: float = 1.0
     dispersive_weight: float = 0.1
     dispersive_tau: float = 0.5
