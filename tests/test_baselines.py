@@ -245,20 +245,19 @@ def test_evaluate_baselines_on_a_catalog_smaller_than_the_list():
 
 
 REAL = os.environ.get("CONTREC_DATA")
+MEASURED = {  # HR@10 and NDCG@10 by an independent implementation
+    "software": ((0.0067, 0.0028), (0.1614, 0.0934), (0.1732, 0.1135), (0.1636, 0.0933)),
+    "lastfm": ((0.0477, 0.0212), (0.0926, 0.0466), (0.0467, 0.0247), (0.1027, 0.0575)),
+    "beauty": ((0.0135, 0.0061), (0.0643, 0.0376), (0.0868, 0.0573), (0.0764, 0.0418)),
+    "ml1m": ((0.0379, 0.0184), (0.0689, 0.0363), (0.1810, 0.1029), (0.1108, 0.0548)),
+}
 
 
 @pytest.mark.skipif(not REAL, reason="CONTREC_DATA (a folder of real data sets) is not set")
-@pytest.mark.parametrize(
-    "name, popularity, markov",
-    [
-        ("software", (0.0067, 0.0028), (0.1732, 0.1135)),
-        ("lastfm", (0.0477, 0.0212), (0.0467, 0.0247)),
-        ("beauty", (0.0135, 0.0061), (0.0868, 0.0573)),
-        ("ml1m", (0.0379, 0.0184), (0.1810, 0.1029)),
-    ],
-)
-def test_baselines_agree_with_an_independent_measurement(name, popularity, markov):
-    result = evaluate_baselines(read_folder(Path(REAL) / name))
-    for kind, wanted in (("popularity", popularity), ("markov", markov)):
+@pytest.mark.parametrize("name", MEASURED)
+def test_baselines_agree_with_an_independent_measurement(name):
+    kinds = ("popularity", "itemknn", "markov", "ease")
+    result = evaluate_baselines(read_folder(Path(REAL) / name), kinds)
+    for kind, wanted in zip(kinds, MEASURED[name]):
         got = (result[kind]["hr@10"], result[kind]["ndcg@10"])
-        assert got == pytest.approx(wanted, abs=0.002)
+        assert got == pytest.approx(wanted, abs=0.005), kind

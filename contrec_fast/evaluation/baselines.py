@@ -93,7 +93,8 @@ class EASE:
     are X B. Both N x N matrices are held in float32: 1.6 GB each at the largest catalog.
 
     Args:
-        l2: the paper's lambda.
+        l2: the paper's lambda. By validation NDCG@10 on Amazon software and LastFM 100 is best of
+            100, 200, 300 and 500 in sum; they differ little.
 
     Raises:
         CatalogTooLarge: by `fit`, for more than 20,000 items.
@@ -101,7 +102,7 @@ class EASE:
 
     LARGEST = 20_000
 
-    def __init__(self, l2: float = 200.0):
+    def __init__(self, l2: float = 100.0):
         self.l2 = l2
 
     def fit(self, dataset: Dataset) -> "EASE":

@@ -80,6 +80,8 @@ class _Block(nn.Module):
 class SASRec(TrainedBaseline):
     """The network above, trained at every position of every history.
 
+    The defaults were chosen by validation NDCG@10 on Amazon software and LastFM.
+
     Args:
         length: items of the history shown; longer histories are trained on in windows.
         batch: windows a step.
@@ -94,12 +96,12 @@ class SASRec(TrainedBaseline):
         heads: int = 2,
         length: int = 50,
         dropout: float = 0.3,
-        batch: int = 128,
+        batch: int = 64,
         weight_decay: float = 0.0,
         epochs: int = 100,
         patience: int = 10,
         every: int = 1,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 2e-3,
         filter_seen: bool = True,
         seed: int = 0,
     ):
