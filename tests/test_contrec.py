@@ -147,6 +147,22 @@ def test_summaries_are_naive_sums_over_roots_of_counts():
     assert not none_older.older.numel() and not model.summaries(none_older)[0].any()
 
 
+def test_training_leaves_whole_items_out_of_summaries():
+    model, draws = copy.deepcopy(random_model()), 2000
+    batch, rate = training_batch(model, 2, 9, 7), model.config.training.dropout
+    whole = [part.detach() for part in model.summaries(batch)]
+    model.train()
+    drawn = [[part.detach() for part in model.summaries(batch)] for _ in range(draws)]
+    for found, expected in zip(map(torch.stack, zip(*drawn)), whole, strict=True):
+        error = 6 * found.std(0) / math.sqrt(draws) + 1e-5
+        assert ((found.mean(0) - expected).abs() < error).all()
+    single = torch.stack([upto[0, 0] for _, upto in drawn])  # of one item: all of it or nothing
+    kept = single.any(1)
+    assert float(kept.float().mean()) == pytest.approx(1 - rate, abs=0.06)
+    expected = whole[1][0, 0] / (1 - rate)
+    torch.testing.assert_close(single[kept], expected.expand(int(kept.sum()), -1))
+
+
 @pytest.mark.parametrize("user_token", ["true", "false"])
 def test_continuous_tokens_enter_where_the_rows_say(user_token):
     model = random_model(f"prompt.user_token={user_token}")
@@ -234,8 +250,9 @@ def test_gradients_reach_what_is_to_be_trained(train_items, train_tokens, kind):
     everything = reached(sum(losses.values()))
     assert ("item_vectors" in everything) == (train_items == "true")
     assert any(name.startswith("tokenizer.") for name in everything) == (train_tokens == "true")
-    assert {"condition.weight", "bag.weight", "head.denoiser.output.weight"} <= everything
-    assert any(name.startswith("backbone.model.layers.") for name in everything)
+    assert {"condition.weight", "bag.weight"} <= everything
+    for part in ("head.denoiser.", "backbone.model.layers."):
+        assert any(name.startswith(part) for name in everything)
     # What the diffusion loss is to predict does not give way to it; inputs do.
     if kind != RESIDUAL:
         tokens = reached(losses["diffusion"])

@@ -118,7 +118,7 @@ def test_names_a_file_that_does_not_fit(saved, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(saved, folder)
     settings = (folder / "config.yaml").read_text()
-    for old, new in (("denoiser: adaln", "denoiser: mlp"), ("tokens: 2", "tokens: 7")):
+    for old, new in (("denoiser: mlp", "denoiser: linear"), ("tokens: 2", "tokens: 7")):
         assert old in settings
         (folder / "config.yaml").write_text(settings.replace(old, new))
         with pytest.raises(ValueError, match="model.safetensors: does not fit: [^\n]*$"):
