@@ -1,25 +1,28 @@
 """The recommender: lists that depend on the user alone, history left out, the bonus applied."""
 
 import copy
+import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from model_cases import (
     Recorder,
     one_thread,  # noqa: F401
-    small_config,
+    random_model,
     small_shop,
     trained_model,
 )
+from ops_cases import refused
 
 from contrec_fast import ops
-from contrec_fast.data.prompts import CategoryMatcher
 from contrec_fast.engine import Recommender, stable_id
-from contrec_fast.training import train
+from contrec_fast.engine.recommender import best_of_draws
 
 USERS, ITEMS = 30, 60
+COLUMNS = ["user_id", "item_id", "title", "score", "rank", "matched", "text"]
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +30,26 @@ def recommender():
     return Recommender(trained_model(), small_shop())
 
 
-def with_texts(recommender, texts, monkeypatch):
-    """The recommender, its model writing the given text for each user (any batch)."""
-    user_of = {}
-    honest = recommender.model.write
+@pytest.fixture
+def writing(monkeypatch):
+    """writing(model, {user row: text}): a copy of the model that writes these texts."""
 
-    def write(batch, max_tokens):
-        conditions, _ = honest(batch, max_tokens)
-        rows = [tuple(row[row >= 0].tolist()) for row in batch.rows]
-        return conditions, [texts[user_of[row]] for row in rows]
+    def make(model, texts):
+        model = copy.copy(model)
+        honest = type(model).write
+        rows = {tuple(h[-20:].tolist()): row for row, h in enumerate(small_shop().histories)}
 
-    k = recommender.model.config.tokenizer.tokens
-    for user, history in enumerate(recommender.dataset.histories):
-        slots = (history[-20:, None] * k + np.arange(k)).ravel()
-        user_of[tuple(slots.tolist())] = user
-    monkeypatch.setattr(recommender.model, "write", write)
-    return recommender
+        def write(batch):
+            shown = [tuple(row[row >= 0].tolist()) for row in batch.shown]
+            return honest(model, batch)[0], [texts[rows[row]] for row in shown]
+
+        monkeypatch.setitem(model.__dict__, "write", write)
+        return model
+
+    return make
+
+
+# Lists by rows
 
 
 def test_shapes_and_order(recommender):
@@ -55,12 +62,17 @@ def test_shapes_and_order(recommender):
         assert len(set(row.tolist())) == 7 and row.min() >= 0 and row.max() < ITEMS
 
 
-@pytest.mark.parametrize("method, steps", [(None, None), ("ddpm", 20)])
-def test_a_list_is_the_same_whatever_the_batch(recommender, method, steps):
-    if method:
-        config = small_config(epochs=1)
-        config.head.method, config.head.steps, config.head.guidance = method, steps, 1.0
-        recommender = Recommender(train(small_shop(), config, Recorder()), small_shop())
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["prompt.text=none", "prompt.user_token=true"],
+        ["head.method=ddpm", "head.steps=20", "head.guidance=1.0", "retrieval.draws=3"],
+    ],
+    ids=lambda overrides: ",".join(overrides) or "default",
+)
+def test_a_list_is_the_same_whatever_the_batch(overrides):
+    recommender = Recommender(random_model(*overrides), small_shop())
     whole = recommender.recommend(range(USERS), 10)
     mixed = np.random.permutation(USERS)
     for rows, batch_size in (
@@ -92,34 +104,58 @@ def test_the_seed_and_the_user_id_key_the_noise(recommender):
     assert (other.recommend(range(USERS), 10).scores != first.scores).any(1).all()
 
 
-def test_vectors_and_scores_are_those_of_the_parts(recommender):
+def sampled(recommender, rows):
+    """Vectors [S, B, D] of a plan made here, and the texts."""
     model, shop = recommender.model, recommender.dataset
-    rows = np.array([3, 17])
-    lists = recommender.recommend(rows, ITEMS)
     batch = recommender.prompts.inference_batch([shop.histories[row] for row in rows])
-    condition, texts = model.write(batch, model.config.prompt.response_tokens)
-    head = model.config.head
+    condition, texts = model.write(batch)
+    head, draws = model.config.head, model.config.retrieval.draws
     plan = ops.plan_sampling(
         model.head.denoiser, head.schedule, head.timesteps, head.method, head.steps, head.guidance
     )
     keys = torch.tensor([stable_id(shop.user_ids[row]) for row in rows])
+    vectors = plan(condition, seed=0, user_ids=keys, samples=draws)
+    return vectors.reshape(draws, len(rows), -1), texts
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_lists_rank_the_whole_catalog_by_the_best_draw(draws):
+    """Cosine times the bonus, the highest of the draws, for every item that is not excluded."""
+    model, rows = random_model(f"retrieval.draws={draws}"), np.array([3, 17])
+    recommender = Recommender(model, small_shop())
+    lists = recommender.recommend(rows, ITEMS)
     with torch.inference_mode():
-        vectors = plan(condition, seed=0, user_ids=keys)
-        scores = F.cosine_similarity(vectors[:, None], model.item_vectors[None], dim=-1)
+        vectors, texts = sampled(recommender, rows)
+        scores = F.cosine_similarity(vectors[:, :, None], model.item_vectors, dim=-1)
         matched = recommender.matcher.match(texts)[:, recommender.matcher.groups]
-        scores *= 1 + model.config.retrieval.bonus * matched
+        scores = (scores * (1 + model.config.retrieval.bonus * matched)).amax(0)
     for line, row in enumerate(rows):
-        seen = set(shop.histories[row].tolist())
+        seen = set(small_shop().histories[row].tolist())
         order = [i for i in scores[line].argsort(descending=True).tolist() if i not in seen]
         listed = lists.ids[line][lists.ids[line] >= 0]
-        np.testing.assert_allclose(
-            lists.scores[line, : len(order)], scores[line, order].numpy(), atol=1e-4
-        )
         assert sorted(order) == sorted(listed.tolist())
+        np.testing.assert_allclose(lists.scores[line, : len(order)], scores[line, order], atol=1e-4)
+
+
+def test_best_of_draws_is_the_maximum_over_draws():
+    draws, users, items = 5, 40, 12
+    scores = np.random.choice([-0.5, 0.0, 0.25, 0.5, 0.75], (draws, users, items))  # many ties
+    scores[:, np.random.rand(users, items) < 0.3] = -np.inf  # seen
+    for k in (1, 4, items):
+        order = np.lexsort((np.broadcast_to(np.arange(items), scores.shape), -scores))[:, :, :k]
+        best = np.take_along_axis(scores, order, 2)
+        ids = np.where(best == -np.inf, -1, order)
+        found, found_ids = best_of_draws(torch.tensor(best).float(), torch.tensor(ids))
+        highest = scores.max(0)
+        expected = np.lexsort((np.broadcast_to(np.arange(items), highest.shape), -highest))[:, :k]
+        values = np.take_along_axis(highest, expected, 1)
+        np.testing.assert_array_equal(found, values)
+        np.testing.assert_array_equal(found_ids, np.where(values == -np.inf, -1, expected))
 
 
 @pytest.mark.parametrize("k", [1, 45, ITEMS])
 def test_history_is_left_out_and_lists_end_with_minus_one(recommender, k):
+    """Released defect 8: there the latest item of the history stays in."""
     lists = recommender.recommend(range(USERS), k)
     for user, history in enumerate(recommender.dataset.histories):
         unseen = ITEMS - len(set(history.tolist()))
@@ -130,14 +166,45 @@ def test_history_is_left_out_and_lists_end_with_minus_one(recommender, k):
         assert not lists.matched[user, ~listed].any()
 
 
-def test_items_that_the_text_names_get_the_bonus(recommender, monkeypatch):
-    categories = recommender.dataset.items.categories
-    plain = with_texts(recommender, [""] * USERS, monkeypatch).recommend(range(USERS), ITEMS)
+def test_items_left_out_never_outrank_negative_similarities():
+    """Released defect 9: there they score 0, above every item of a negative cosine."""
+    model = copy.deepcopy(random_model("head.diffusion=false"))
+    away = F.normalize(torch.randn(16), dim=0)
+    model.item_vectors.data = F.normalize(torch.randn(ITEMS, 16), dim=1) * 0.1 + away
+    model.condition.weight.data.zero_()
+    model.condition.bias.data.copy_(-away)
+    model.bag.weight.data.zero_()
+    lists = Recommender(model, small_shop()).recommend(range(USERS), ITEMS)
+    listed = lists.ids >= 0
+    assert (lists.scores[listed] < -0.5).all() and (lists.scores[~listed] == -np.inf).all()
+    for user, history in enumerate(small_shop().histories):
+        assert sorted(lists.ids[user][listed[user]]) == np.setdiff1d(range(ITEMS), history).tolist()
+
+
+def test_without_filter_seen_everything_is_listed():
+    on = random_model()
+    off = copy.copy(on)
+    off.config = copy.deepcopy(on.config)
+    off.config.retrieval.filter_seen = False
+    everything = Recommender(off, small_shop()).recommend(range(USERS), ITEMS)
+    assert (np.sort(everything.ids, axis=1) == np.arange(ITEMS)).all()
+    unseen = Recommender(on, small_shop()).recommend(range(USERS), ITEMS)
+    for user, history in enumerate(small_shop().histories):
+        kept = [item for item in everything.ids[user] if item not in history]
+        assert unseen.ids[user, : len(kept)].tolist() == kept
+
+
+def test_items_that_the_text_names_get_the_bonus(recommender, writing):
+    """Released defects 1 and 2: there no text ever matches, and other items got the bonus."""
+    categories, bonus = recommender.dataset.items.categories, 0.1
+    assert recommender.model.config.retrieval.bonus == bonus
+    plain = Recommender(writing(recommender.model, [""] * USERS), small_shop())
+    plain = plain.recommend(range(USERS), ITEMS)
     assert not plain.matched.any()
-    monkeypatch.undo()
     named = [categories[user] for user in range(USERS)]
     texts = [f"The user might lean towards ({name.upper()}) products" for name in named]
-    lists = with_texts(recommender, texts, monkeypatch).recommend(range(USERS), ITEMS)
+    lists = Recommender(writing(recommender.model, texts), small_shop())
+    lists = lists.recommend(range(USERS), ITEMS, batch_size=7)
     assert lists.texts == texts
     for user in range(USERS):
         listed = lists.ids[user][lists.ids[user] >= 0]
@@ -145,19 +212,23 @@ def test_items_that_the_text_names_get_the_bonus(recommender, monkeypatch):
         assert lists.matched[user, : len(listed)].tolist() == expected
         before = dict(zip(plain.ids[user].tolist(), plain.scores[user].tolist()))
         for item, score, matched in zip(listed, lists.scores[user], expected):
-            factor = 1 + recommender.model.config.retrieval.bonus * matched
-            assert score == pytest.approx(before[item] * factor, abs=1e-4)
+            assert score == pytest.approx(before[item] * (1 + bonus * matched), abs=1e-4)
     assert lists.matched.any()
+
+
+def test_without_text_there_is_no_bonus(recommender):
+    latent = Recommender(recommender.model, small_shop(), text=False).recommend(range(5), ITEMS)
+    assert latent.texts == [""] * 5 and not latent.matched.any()
+    none = Recommender(random_model("prompt.text=none"), small_shop()).recommend(range(5), 3)
+    assert none.texts == [""] * 5 and not none.matched.any()
 
 
 def test_a_catalog_without_categories_is_served(recommender):
     shop = recommender.dataset
-    bare = copy.copy(shop.items)
-    object.__setattr__(bare, "categories", [""] * ITEMS)
-    dataset = type(shop)(bare, shop.user_ids, shop.histories, shop.targets)
+    items = dataclasses.replace(shop.items, categories=[""] * ITEMS)
+    dataset = dataclasses.replace(shop, items=items)
     lists = Recommender(recommender.model, dataset).recommend(range(3), 5)
     assert not lists.matched.any() and (lists.ids >= 0).all()
-    assert (CategoryMatcher(bare.categories).groups == -1).all()
 
 
 def test_advance_is_called_once_per_batch(recommender):
@@ -177,6 +248,84 @@ def test_refuses_k_before_any_work(recommender, k, monkeypatch):
 def test_refuses_rows_that_no_user_has(recommender, rows):
     with pytest.raises(ValueError, match=f"^rows: expected .* 0 to {USERS - 1}, got "):
         recommender.recommend(rows, 3)
+
+
+# Lists by ids, as a DataFrame
+
+
+def test_recommends_everybody_by_default():
+    model, shop = trained_model(), small_shop()
+    table = model.recommend(k=4)
+    assert list(table.columns) == COLUMNS and len(table) == 4 * USERS
+    assert table.user_id.tolist() == [user for user in shop.user_ids for _ in range(4)]
+    assert table["rank"].tolist() == [1, 2, 3, 4] * USERS
+    assert (table["score"].dtype, table["matched"].dtype) == (np.float32, bool)
+    assert pd.api.types.is_integer_dtype(table["rank"])
+    lists = Recommender(model, shop).recommend(range(USERS), 4)
+    assert table.item_id.tolist() == [shop.items.ids[item] for item in lists.ids.flatten()]
+    assert table.title.tolist() == [shop.items.titles[item] for item in lists.ids.flatten()]
+    assert table.score.tolist() == lists.scores.flatten().tolist()
+    assert table.matched.tolist() == lists.matched.flatten().tolist()
+    assert table.text.tolist() == [text for text in lists.texts for _ in range(4)]
+
+
+def test_recommends_known_users_in_their_order_once_each():
+    model, shop = trained_model(), small_shop()
+    whole, some = model.recommend(k=3), [shop.user_ids[row] for row in (7, 2, 7, 29)]
+    table = model.recommend(users=some, k=3)
+    assert table.user_id.drop_duplicates().tolist() == [some[0], some[1], some[3]]
+    for user, part in table.groupby("user_id"):
+        expected = whole[whole.user_id == user]
+        assert part.item_id.tolist() == expected.item_id.tolist()
+        np.testing.assert_allclose(part.score, expected.score, atol=1e-4)
+
+
+def test_a_new_user_is_served_like_a_known_one_with_that_id_and_history():
+    model, shop = trained_model(), small_shop()
+    names, rows = shop.items.ids, (4, 11, 28)
+    histories = {shop.user_ids[row]: [names[i] for i in shop.histories[row]] for row in rows}
+    known = model.recommend(users=list(histories), k=8)
+    pd.testing.assert_frame_equal(model.recommend(histories=histories, k=8), known)
+    # By another id the noise differs, and with another history the items that are left out.
+    stranger = model.recommend(histories={"new": histories[shop.user_ids[4]]}, k=8)
+    assert stranger.user_id.unique().tolist() == ["new"]
+    assert stranger.score.tolist() != known.score[:8].tolist()
+    assert not set(stranger.item_id) & set(histories[shop.user_ids[4]])
+
+
+def test_short_lists_have_fewer_rows():
+    shop = small_shop()
+    history = list(np.random.permutation(shop.items.ids)[: ITEMS - 2])
+    table = trained_model().recommend(histories={"u": history}, k=5)
+    assert table["rank"].tolist() == [1, 2] and set(table.item_id).isdisjoint(history)
+    everything = trained_model().recommend(histories={"u": shop.items.ids}, k=5)
+    assert everything.empty and list(everything.columns) == COLUMNS
+
+
+def test_progress_counts_batches():
+    recorder = Recorder()
+    trained_model().recommend(k=1, progress=recorder)
+    assert recorder.totals == {"Users": 1} and len(recorder.figures["Users"]) == 1
+
+
+@pytest.mark.parametrize(
+    "name, arguments, words",
+    [
+        ("users", {"users": ["user-0001", "nobody"]}, "'nobody'"),
+        ("users", {"users": []}, "none"),
+        ("users, histories", {"users": ["user-0001"], "histories": {"u": ["SKU-0001"]}}, "both"),
+        ("users", {"histories": {}}, "none"),
+        ("histories", {"histories": {"u": ["SKU-0001", "SKU-9999"]}}, "'SKU-9999'"),
+        ("histories", {"histories": {"u": []}}, "user 'u', got none"),
+        ("k", {"k": 0}, "1 to the catalog's 60 items, got 0"),
+        ("k", {"k": 61}, "61"),
+    ],
+)
+def test_refuses_what_it_does_not_know(name, arguments, words):
+    with refused(ValueError, name):
+        trained_model().recommend(**arguments)
+    with pytest.raises(ValueError, match=words):
+        trained_model().recommend(**arguments)
 
 
 def test_stable_ids():
