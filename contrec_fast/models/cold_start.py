@@ -133,12 +133,7 @@ def _direction(model, dataset: Dataset, rows: list[int]) -> Tensor:
 
 
 def _columns(frame: pd.DataFrame) -> tuple[list[str], list[str], list[str]]:
-    missing = [name for name in ("item_id", "title") if name not in frame]
-    if missing:
-        raise ValueError(
-            f"frame: expected columns item_id, title and optionally category, "
-            f"found no {missing[0]} among {', '.join(map(str, frame.columns))}"
-        )
+    _require_columns("frame", frame, "item_id", "title")
     columns = [frame[name] if name in frame else pd.Series("", frame.index)
                for name in ("item_id", "title", "category")]  # fmt: skip
     return tuple(column.fillna("").astype(str).tolist() for column in columns)
@@ -149,6 +144,7 @@ def _users_of(dataset: Dataset, ids: list[str], interactions) -> list[list[int]]
     users = [[] for _ in ids]
     if interactions is None:
         return users
+    _require_columns("interactions", interactions, "user_id", "item_id")
     row_of = {user: row for row, user in enumerate(dataset.user_ids)}
     place = {item: position for position, item in enumerate(ids)}
     pairs = zip(interactions["user_id"].astype(str), interactions["item_id"].astype(str))
@@ -158,3 +154,9 @@ def _users_of(dataset: Dataset, ids: list[str], interactions) -> list[list[int]]
             raise ValueError(f"interactions: expected known users and new items, got {wrong}")
         users[place[item]].append(row_of[user])
     return users
+
+
+def _require_columns(name: str, frame: pd.DataFrame, *columns: str) -> None:
+    if not set(columns) <= set(frame.columns):
+        got = ", ".join(map(str, frame.columns)) or "none"
+        raise ValueError(f"{name}: expected columns {', '.join(columns)}, got {got}")

@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from contrec_fast.config import Config, TrainingConfig
 from contrec_fast.data.interactions import Dataset
 from contrec_fast.data.prompts import Prompts, Window
+from contrec_fast.environment import default_device
 from contrec_fast.models.cold_start import fit_text_map
 from contrec_fast.models.contrec import ContRec
 from contrec_fast.models.schedules import respaced_indices
@@ -71,7 +72,8 @@ class _Run:
     def __init__(self, config: Config, progress, checkpoints: Checkpoints, log):
         self.config, self.progress, self.checkpoints, self.log = config, progress, checkpoints, log
         self.accelerator = Accelerator(
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+            cpu=default_device().type == "cpu",  # where torchrun needs to be told
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         checkpoints.writes = self.accelerator.is_main_process
         self.accelerator.wait_for_everyone()  # all have read the same checkpoint
