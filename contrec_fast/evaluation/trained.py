@@ -87,8 +87,8 @@ class TrainedBaseline(ABC):
 class LightGCNBaseline(TrainedBaseline):
     """LightGCN with BPR (He et al., arXiv 2002.02126): products of propagated vectors.
 
-    An epoch is about `steps` batches but none is smaller than 2,048 pairs: each needs a
-    propagation over the whole graph, however few pairs it has. Negatives are uniform.
+    An epoch is about `steps` batches, each with a propagation over the whole graph, but none is
+    smaller than 256 pairs. Negatives are uniform.
 
     After `fit`, `item_vectors` are the propagated vectors, float32 [N, D] on the CPU.
     """
@@ -119,7 +119,7 @@ class LightGCNBaseline(TrainedBaseline):
         model = LightGCN(pairs, len(lengths), items, self.dim, self.layers).to(self.device)
         optimizer = torch.optim.Adam(model.parameters(), self.learning_rate)
         pairs = torch.from_numpy(pairs).to(self.device)
-        batch = max(2048, math.ceil(len(pairs) / self.steps))
+        batch = max(256, math.ceil(len(pairs) / self.steps))
         while True:
             total = 0.0
             for part in torch.randperm(len(pairs), device=self.device).split(batch):
