@@ -14,8 +14,9 @@ def contrec() -> Config:
 
     Diffusion and dispersive losses beside a text loss of weight 0.1, no ranking loss; 200
     ancestral (DDPM) steps with guidance 2 on the exp schedule; a user token; item vectors and
-    tokenizer stay as pretrained. The dispersive weight 0.5, the bonus 0.05 and the text weight
-    are those of the authors' released code.
+    tokenizer stay as pretrained. Bonus and text weight are those of the authors' released code.
+    Its dispersive weight of 0.5 goes with a loss of the opposite sign; with the paper's sign, so
+    much of it outweighs the diffusion loss, hence 0.1.
     """
     config = Config()
     config.prompt.user_token = True
@@ -24,7 +25,7 @@ def contrec() -> Config:
     config.head.method, config.head.steps, config.head.guidance = "ddpm", 200, 2.0
     config.training.train_items = config.training.train_tokens = False
     config.training.diffusion_weight = 1.0
-    config.training.dispersive_weight = 0.5
+    config.training.dispersive_weight = 0.1
     config.training.ranking_weight = 0.0
     config.training.text_weight = 0.1
     config.retrieval.bonus = 0.05
