@@ -12,6 +12,7 @@ import yaml
 
 from contrec_fast.models.denoisers import DENOISERS
 from contrec_fast.models.schedules import METHODS, PREDICTIONS, SCHEDULES
+from contrec_fast.ops.noise import MAX_STEPS
 
 # Other whole numbers are 1 or more.
 MAY_BE_ZERO = ("seed", "core", "epochs", "layers", "lora_rank", "patience", "warmup_steps")
@@ -28,6 +29,8 @@ NAMES = {
     "precision": ("fp32", "bf16"),
 }
 SHARES = ("dropout", "mask_ratio", "condition_dropout", "lora_dropout")
+POSITIVE = ("clip_norm", "dispersive_tau", "ranking_temperature")  # 0 divides, or learns nothing
+LARGEST = {"templates": 10, "timesteps": MAX_STEPS - 1, "draws": MAX_STEPS - 1}
 
 
 @dataclass
@@ -309,8 +312,12 @@ def _number_or_name(kind, key: str, value, where: str):
         raise ValueError(f"{where}: expected one of {', '.join(NAMES[key])}, got {value!r}")
     if kind is int and value < (least := 0 if key in MAY_BE_ZERO else 1):
         raise ValueError(f"{where}: expected at least {least}, got {value}")
+    if value > LARGEST.get(key, value):
+        raise ValueError(f"{where}: expected at most {LARGEST[key]}, got {value}")
     if kind is float and not 0 <= value < math.inf:
         raise ValueError(f"{where}: expected a finite number, 0 or more, got {value}")
+    if key in POSITIVE and value == 0:
+        raise ValueError(f"{where}: expected a number above 0, got {value}")
     if key in SHARES and value >= 1:
         raise ValueError(f"{where}: expected a share below 1, got {value}")
     return value

@@ -48,17 +48,13 @@ class ContRec(nn.Module):
     ):
         super().__init__()
         head, training = config.head, config.training
-        if head.source == "response" and config.prompt.text == "none":
-            raise ValueError("head.source: expected 'hidden' where prompt.text is 'none'")
-        discrete = isinstance(tokenizer, ResidualQuantizer)
-        if head.space == "tokenizer" and discrete:
-            raise ValueError("head.space: expected 'item' with discrete tokens, got 'tokenizer'")
         self.config, self.backbone, self.text_tokenizer = config, backbone, text_tokenizer
         self.dataset = dataset
         self.tokenizer = tokenizer.requires_grad_(training.train_tokens).eval()
         self.item_vectors = nn.Parameter(item_vectors.clone(), requires_grad=training.train_items)
         self.register_buffer("collaborative", item_vectors.clone())
         # Codes stay what they are; continuous tokens follow the vectors that they are made of.
+        discrete = isinstance(tokenizer, ResidualQuantizer)
         self.live_tokens = training.train_tokens and not discrete
         width, dim = backbone.config.hidden_size, item_vectors.shape[1]
         count = len(item_vectors)

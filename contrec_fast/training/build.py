@@ -9,6 +9,7 @@ from contrec_fast.data.templates import response_text
 from contrec_fast.models.backbone import add_adapters, load_backbone, make_tiny_backbone
 from contrec_fast.models.contrec import ContRec, make_tokenizer
 from contrec_fast.models.lightgcn import whiten
+from contrec_fast.models.schedules import respaced_indices
 from contrec_fast.training.pretraining import train_lightgcn, train_tokenizer
 
 
@@ -20,7 +21,11 @@ def build(
     Args:
         pretrain: off leaves out LightGCN and the tokenizer's training: weights come from a
         checkpoint.
+
+    Raises:
+        ValueError: settings that contradict one another, before anything is trained.
     """
+    _require_fit(config)
     torch.manual_seed(config.seed)
     backbone, text_tokenizer = _backbone(dataset, config)
     adapters = None
@@ -43,6 +48,19 @@ def build(
     if pretrain:
         model.calibrate()
     return model, adapters
+
+
+def _require_fit(config: Config) -> None:
+    head, reads_text = config.head, config.prompt.text != "none"
+    respaced_indices(head.timesteps, head.steps)
+    if head.source == "response" and not reads_text:
+        raise ValueError("head.source: expected 'hidden' where prompt.text is 'none'")
+    if head.space == "tokenizer" and config.tokenizer.kind == "residual-quantizer":
+        raise ValueError("head.space: expected 'item' with discrete tokens, got 'tokenizer'")
+    losses = ["ranking", "bpr"] + ["diffusion", "dispersive", "contrastive"] * head.diffusion
+    weights = [f"{name}_weight" for name in losses + ["text"] * reads_text]
+    if not any(getattr(config.training, weight) for weight in weights):
+        raise ValueError(f"training: expected one of {', '.join(weights)} above 0, got none")
 
 
 def _backbone(dataset: Dataset, config: Config):

@@ -14,7 +14,6 @@ from contrec_fast.data.prompts import Prompts, Window
 from contrec_fast.environment import default_device
 from contrec_fast.models.cold_start import fit_text_map
 from contrec_fast.models.contrec import ContRec
-from contrec_fast.models.schedules import respaced_indices
 from contrec_fast.training.build import build
 from contrec_fast.training.checkpoint import Checkpoints
 from contrec_fast.training.report import TrainingLog
@@ -48,8 +47,6 @@ def train(
     """
     if not any(len(history) > 1 for history in dataset.histories):
         raise ValueError("histories: expected a user with at least two items, found none")
-    # Refused now, not after pretraining.
-    respaced_indices(config.head.timesteps, config.head.steps)
     if config.training.patience and max(map(len, dataset.histories)) < 3:
         raise ValueError("training.patience: expected a user with at least three items, found none")
     checkpoints = Checkpoints(checkpoint, dataset, config)
