@@ -89,8 +89,8 @@ class ContRec(nn.Module):
     def update_tokens(self) -> None:
         """Encode all items anew; needed after training steps and before inference."""
         vectors = self.item_vectors if self.live_tokens else self.collaborative
-        parts = [self.encode(part) for part in vectors.split(8192)]
-        self.item_tokens.copy_(torch.cat(parts))
+        for part, tokens in zip(vectors.split(8192), self.item_tokens.split(8192)):
+            tokens.copy_(self.encode(part))
 
     def encode(self, vectors: Tensor) -> Tensor:
         """Item-space vectors [I, D] to tokens as the language model reads them [I, K, H]."""

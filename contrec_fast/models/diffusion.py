@@ -10,6 +10,7 @@ from contrec_fast.models.losses import contrastive_denoising_loss, dispersive_lo
 from contrec_fast.models.schedules import (
     alpha_bars,
     count_noises,
+    is_multistep,
     respaced_indices,
     run_sampler,
     sampler_coefficients,
@@ -40,7 +41,7 @@ class DiffusionHead(nn.Module):
         alpha_bar = alpha_bars(config.schedule, config.timesteps)
         indices = respaced_indices(config.timesteps, config.steps)
         coefficients = sampler_coefficients(alpha_bar, indices, config.method, config.prediction)
-        self.noises = count_noises(coefficients)
+        self.noises, self.multistep = count_noises(coefficients), is_multistep(coefficients)
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("coefficients", coefficients, persistent=False)
@@ -104,4 +105,4 @@ class DiffusionHead(nn.Module):
         def noise_of(step: int) -> Tensor:
             return torch.randn_like(condition)
 
-        return run_sampler(network, self.coefficients, self.noises, noise_of)
+        return run_sampler(network, self.coefficients, self.noises, noise_of, self.multistep)

@@ -58,9 +58,7 @@ def train(
         searched, best = run.search(dataset.for_validation())
         run.save({"phase": "final", "epoch": 0, "stop": best, "searched": searched})
         progress.say(f"best epoch {best} of {searched}; training anew on everything")
-    model = run.final(dataset)
-    model.dataset = dataset
-    return model
+    return run.final(dataset)
 
 
 class _Run:
@@ -118,10 +116,14 @@ class _Run:
         """
         config, t, accelerator = self.config, self.config.training, self.accelerator
         resumed = self.checkpoints.has_weights
+        accelerator.free_memory()  # of the search's model
         model, self.adapters = build(dataset, config, self.progress, pretrain=not resumed)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay)
         wrapped, stepper = accelerator.prepare(model, optimizer)
+        if wrapped is not model:
+            # Equal from now on, and some are as large as the catalog.
+            wrapped.broadcast_buffers = False
         if resumed:
             self.checkpoints.restore(model, optimizer)
         else:
