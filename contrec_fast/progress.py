@@ -39,7 +39,7 @@ class ProgressBars:
 
     def say(self, text: str) -> None:
         """Print a line between the bars."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)
 
     def stage(self, name: str, total: int):
         """Start a bar of `total` units.
