@@ -30,7 +30,13 @@ NAMES = {
 }
 SHARES = ("dropout", "mask_ratio", "condition_dropout", "lora_dropout")
 POSITIVE = ("clip_norm", "dispersive_tau", "ranking_temperature")  # 0 divides, or learns nothing
-LARGEST = {"templates": 10, "timesteps": MAX_STEPS - 1, "draws": MAX_STEPS - 1}
+# Other whole numbers are below 2^31, so that no library's counter overflows.
+LARGEST = {
+    "seed": 2**63 - 1,
+    "templates": 10,
+    "timesteps": MAX_STEPS - 1,
+    "draws": MAX_STEPS - 1,
+}
 
 
 @dataclass
@@ -304,7 +310,7 @@ def _number_or_name(kind, key: str, value, where: str):
     if kind is float and type(value) in (int, str):
         try:
             value = float(value)  # YAML takes 1e-3, which has no point, for a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if type(value) is not kind:
         raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
@@ -312,8 +318,8 @@ def _number_or_name(kind, key: str, value, where: str):
         raise ValueError(f"{where}: expected one of {', '.join(NAMES[key])}, got {value!r}")
     if kind is int and value < (least := 0 if key in MAY_BE_ZERO else 1):
         raise ValueError(f"{where}: expected at least {least}, got {value}")
-    if value > LARGEST.get(key, value):
-        raise ValueError(f"{where}: expected at most {LARGEST[key]}, got {value}")
+    if kind is int and value > (most := LARGEST.get(key, 2**31 - 1)):
+        raise ValueError(f"{where}: expected at most {most}, got {value}")
     if kind is float and not 0 <= value < math.inf:
         raise ValueError(f"{where}: expected a finite number, 0 or more, got {value}")
     if key in POSITIVE and value == 0:

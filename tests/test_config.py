@@ -209,6 +209,9 @@ def test_refuses(tmp_path, text, words):
         ("training: {learning_rate: .nan}", ["training.learning_rate:", "nan"]),
         ("training: {learning_rate: .inf}", ["training.learning_rate:", "inf"]),
         ("training: {dropout: 1.0}", ["training.dropout:", "below 1", "1.0"]),
+        ("training: {batch_size: 2147483648}", ["training.batch_size:", "at most 2147483647"]),
+        ("seed: 9223372036854775808", ["seed:", "at most 9223372036854775807"]),
+        (f"training: {{clip_norm: 1{'0' * 400}}}", ["training.clip_norm:", "float"]),
     ],
 )
 def test_refuses_numbers_out_of_range(tmp_path, text, words):
