@@ -1,16 +1,25 @@
-"""Settings that cannot work are refused in one line, before anything is trained."""
+"""What settings do: those that cannot work are refused in one line."""
+
+import copy
 
 import pytest
+import torch
 from model_cases import (
     RESIDUAL,
     Recorder,
+    backbone_of,
     one_thread,  # noqa: F401
+    prompts_of,
+    random_history,
+    random_model,
     small_config,
     small_shop,
+    training_batch,
 )
 from ops_cases import refused
 
 from contrec_fast.config import LARGEST, Config, apply_overrides
+from contrec_fast.data.prompts import Window
 from contrec_fast.data.templates import TEMPLATES
 from contrec_fast.training import train
 
@@ -54,3 +63,37 @@ def test_refuses_more_than_there_is(name):
     with refused(ValueError, name):
         apply_overrides(Config(), [f"{name}={most + 1}"])
     assert LARGEST["templates"] == len(TEMPLATES)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_refuses_prompts_longer_than_the_language_model_reads(kind):
+    model = copy.deepcopy(random_model(backbone_of(kind)))
+    batch = prompts_of(model).inference_batch([random_history(20)])
+    longest = batch.token_ids.shape[1] + model.config.prompt.response_tokens
+    model.backbone.config.max_position_embeddings = longest
+    model.write(batch)
+    model.backbone.config.max_position_embeddings = longest - 1
+    with refused(ValueError, "prompt.history"):
+        model.write(batch)
+    model.read(batch)
+    long = random_history(60).repeat(20)
+    with refused(ValueError, "prompt.history"):
+        model(prompts_of(model).training_batch([Window(long, 0)]))
+
+
+def test_bf16_is_for_the_language_model_alone():
+    model = random_model("training.precision=bf16", "prompt.user_token=true")
+    parts = {
+        model.tokenizer.encoders[0][-1]: torch.float32,
+        model.backbone.base_model.layers[0].mlp: torch.bfloat16,
+        model.condition: torch.float32,
+    }
+    found = {}
+    hooks = [
+        part.register_forward_hook(lambda part, _, output: found.update({part: output.dtype}))
+        for part in parts
+    ]
+    model(training_batch(model, 3, 8))
+    for hook in hooks:
+        hook.remove()
+    assert found == parts

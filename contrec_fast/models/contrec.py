@@ -128,8 +128,19 @@ class ContRec(nn.Module):
             upto / (number[:, None] + steps)[..., None].to(upto.dtype).sqrt(),
         )
 
-    def embed(self, batch: PromptBatch) -> Tensor:
-        """Input embeddings [B, L, H] of prompts."""
+    def embed(self, batch: PromptBatch, room: int = 0) -> Tensor:
+        """Input embeddings [B, L, H] of prompts that leave room for so many tokens more.
+
+        Raises:
+            ValueError: together they are more than the language model has positions.
+        """
+        longest = batch.token_ids.shape[1] + room
+        most = getattr(self.backbone.config, "max_position_embeddings", None) or longest
+        if longest > most:
+            raise ValueError(
+                f"prompt.history: expected prompts of at most {most} tokens, which this language "
+                f"model reads, got {longest}"
+            )
         table = self.backbone.get_input_embeddings().weight
         tokens = self.tokens_of(batch.items)
         if self.config.prompt.user_token:
@@ -137,11 +148,11 @@ class ContRec(nn.Module):
         tokens = tokens.flatten(0, 1).to(table.dtype)
         return self.dropout(ops.gather_tokens(batch.token_ids, batch.rows, table, tokens))
 
-    def hidden_states(self, batch: PromptBatch) -> Tensor:
-        """Last hidden states [B, L, H] of prompts."""
+    def hidden_states(self, batch: PromptBatch, embedded: Tensor | None = None) -> Tensor:
+        """Last hidden states [B, L, H] of prompts, whose `embed` may be given."""
         mask = batch.attention_mask
         return self.backbone.base_model(
-            inputs_embeds=self.embed(batch),
+            inputs_embeds=self.embed(batch) if embedded is None else embedded,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # whatever the padding
             use_cache=False,
@@ -168,6 +179,7 @@ class ContRec(nn.Module):
         codes = (y * self.token_rms).flatten(0, -2).unflatten(1, (self.config.tokenizer.tokens, -1))
         return self.tokenizer.decode(codes).unflatten(0, y.shape[:-1])
 
+    @torch.no_grad()
     def targets(self, items: Tensor) -> Tensor:
         """What the head is to sample for items [P]: [P, D], or [P, K * H] in tokenizer space."""
         if self.config.head.space == "item":
@@ -183,10 +195,11 @@ class ContRec(nn.Module):
         "bf16" the language model computes in that; the small rest does in float32.
         """
         training, items, losses = self.config.training, batch.next_items, {}
+        embedded = self.embed(batch)
         with torch.autocast(
             batch.rows.device.type, torch.bfloat16, enabled=training.precision == "bf16"
         ):
-            hidden = self.hidden_states(batch)
+            hidden = self.hidden_states(batch, embedded)
             if training.text_weight and self.config.prompt.text != "none":
                 learned = batch.labels[:, 1:] != IGNORED
                 logits = self.backbone.get_output_embeddings()(hidden[:, :-1][learned])
@@ -219,10 +232,11 @@ class ContRec(nn.Module):
         Returns:
             Conditions [B, D] and the texts.
         """
+        room = self.config.prompt.response_tokens
         output = self.backbone.generate(
-            inputs_embeds=self.embed(batch),
+            inputs_embeds=self.embed(batch, room),
             attention_mask=batch.attention_mask,
-            max_new_tokens=self.config.prompt.response_tokens,
+            max_new_tokens=room,
             do_sample=False,
             pad_token_id=self.text_tokenizer.pad_token_id,
             eos_token_id=self.text_tokenizer.eos_token_id,
