@@ -63,7 +63,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "tokenizer-space": ("head.space=tokenizer",),
     "random-items": ("lightgcn.epochs=0",),
 }  # fmt: skip
-# What else the trained "main" is asked: settings at inference, or another vector.
+# What else a trained model is asked with --probes: settings at inference, or another vector.
 AT_INFERENCE: dict[str, tuple[str, ...]] = {
     **{f"guidance {w}": (f"head.guidance={w}",) for w in (1, 2)},
     **{f"steps {n}": (f"head.steps={n}",) for n in (1, 5, 20, 200)},
@@ -116,7 +116,7 @@ def beyond(ids: np.ndarray, dataset: Dataset, vectors: np.ndarray) -> dict[str, 
     }
 
 
-def measure(variant, config, dataset: Dataset, vectors, lists: Path, progress) -> dict:
+def measure(variant, config, dataset: Dataset, vectors, lists: Path, progress, probes) -> dict:
     """Train and evaluate one variant; `dataset` has a target for every user."""
     started = time.perf_counter()
     model = train(dataset, config, progress)
@@ -130,7 +130,7 @@ def measure(variant, config, dataset: Dataset, vectors, lists: Path, progress) -
     if config.prompt.text != "none":
         others["without text"] = Recommender(model, dataset, text=False)
         result["names a category"] = float(np.mean([bool(text) for text in found.texts]))
-    if variant == "main":
+    if probes:
         for label, settings in AT_INFERENCE.items():
             model.config = apply_overrides(config, list(settings))
             others[label] = Recommender(model, dataset)
@@ -189,6 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variants", default="", help=", ".join([*VARIANTS, *BASELINES]))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--holdout", choices=("test", "validation"), default="test")
+    parser.add_argument("--probes", action="store_true", help="also other samplers and vectors")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_intermixed_args(arguments)
     names = [name for name in options.variants.split(",") if name]
@@ -196,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in VARIANTS and name not in BASELINES:
             parser.error(f"--variants: expected some of {', '.join([*VARIANTS, *BASELINES])}")
 
-    config = apply_overrides(Config(), [f"data.holdout={options.holdout}"])
+    config = apply_overrides(Config(), [*options.settings, f"data.holdout={options.holdout}"])
     dataset = read_data(options.data, config.data)
     dataset = dataset.of_users(np.flatnonzero(dataset.targets >= 0))
     lists = options.out.with_suffix(".lists")
@@ -227,7 +228,9 @@ def main(arguments: list[str] | None = None) -> None:
                     seed_of = "0"
                 else:
                     chosen = configure(name, options.settings, int(seed))
-                    result = measure(name, chosen, dataset, vectors, lists, progress)
+                    result = measure(
+                        name, chosen, dataset, vectors, lists, progress, options.probes
+                    )
                     result["settings"] = list(VARIANTS[name])
                     seed_of = seed
                 known[seed_of] = result | {"environment": environment("cpu")}
