@@ -87,8 +87,8 @@ class TrainedBaseline(ABC):
 class LightGCNBaseline(TrainedBaseline):
     """LightGCN with BPR (He et al., arXiv 2002.02126): products of propagated vectors.
 
-    An epoch is about `steps` batches, each with a propagation over the whole graph, but none is
-    smaller than 256 pairs. Negatives are uniform.
+    Batches are of 2,048 pairs, but at least 4 and, as each needs a propagation over the whole
+    graph, at most 25 to an epoch. Negatives are uniform.
 
     After `fit`, `item_vectors` are the propagated vectors, float32 [N, D] on the CPU.
     """
@@ -100,7 +100,6 @@ class LightGCNBaseline(TrainedBaseline):
         dim: int = 64,
         layers: int = 3,
         decay: float = 1e-4,
-        steps: int = 25,
         epochs: int = 200,
         patience: int = 20,
         every: int = 5,
@@ -109,7 +108,7 @@ class LightGCNBaseline(TrainedBaseline):
         seed: int = 0,
     ):
         super().__init__(epochs, patience, every, learning_rate, filter_seen, seed)
-        self.dim, self.layers, self.decay, self.steps = dim, layers, decay, steps
+        self.dim, self.layers, self.decay = dim, layers, decay
 
     def train(self, dataset: Dataset) -> Iterator[float]:
         lengths = [len(history) for history in dataset.histories]
@@ -119,7 +118,7 @@ class LightGCNBaseline(TrainedBaseline):
         model = LightGCN(pairs, len(lengths), items, self.dim, self.layers).to(self.device)
         optimizer = torch.optim.Adam(model.parameters(), self.learning_rate)
         pairs = torch.from_numpy(pairs).to(self.device)
-        batch = max(256, math.ceil(len(pairs) / self.steps))
+        batch = max(min(2048, math.ceil(len(pairs) / 4)), math.ceil(len(pairs) / 25))
         while True:
             total = 0.0
             for part in torch.randperm(len(pairs), device=self.device).split(batch):
