@@ -70,7 +70,7 @@ def ridge_map(features: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([weight, (mean_y - mean_x @ weight)[None]]).to(targets.dtype)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what is made here may be written to later, unlike inference tensors
 def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = None) -> None:
     """Extend a model's catalog; the new items are recommended at once.
 
@@ -83,6 +83,8 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
         ValueError: missing columns, an id that is taken or comes twice, an unknown user or item,
         or an item with neither text nor interactions, in one line.
     """
+    from contrec_fast.engine import Recommender
+
     dataset = model.dataset
     if dataset is None:
         raise ValueError("model: expected one with a dataset, which names users and items")
@@ -100,9 +102,11 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
         return
     features = embed_texts(model, titles, categories)
     vectors = F.pad(features, (0, 1), value=1.0) @ model.text_map
-    for position, rows in enumerate(users):
-        if rows:
-            vectors[position] = _direction(model, dataset, rows)
+    if any(users):
+        recommender = Recommender(model, dataset, text=False)
+        for position, rows in enumerate(users):
+            if rows:
+                vectors[position] = _direction(recommender, rows)
     # At the length that the catalog's vectors have: tokens are made from them, too.
     length = model.item_vectors.norm(dim=-1).mean()
     vectors = F.normalize(vectors, dim=-1) * length
@@ -120,11 +124,8 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
     model.item_tokens = torch.cat([model.item_tokens, model.encode(vectors)])
 
 
-def _direction(model, dataset: Dataset, rows: list[int]) -> Tensor:
+def _direction(recommender, rows: list[int]) -> Tensor:
     """Mean of the unit vectors sampled for some users [D]."""
-    from contrec_fast.engine import Recommender
-
-    recommender = Recommender(model, dataset, text=False)
     parts = [
         F.normalize(recommender.sample(rows[start : start + BATCH])[0][0], dim=-1)
         for start in range(0, len(rows), BATCH)
