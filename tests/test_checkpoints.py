@@ -1,5 +1,6 @@
 """Interrupted runs go on to the same bits, in one process and in two; what is refused."""
 
+import functools
 import json
 import os
 import signal
@@ -11,12 +12,12 @@ import pytest
 import torch
 from conftest import ROOT
 from model_cases import (
+    Log,
     Recorder,
     assert_same_weights,
     one_thread,  # noqa: F401
     small_config,
     small_shop,
-    trained_model,
 )
 from ops_cases import refused
 from safetensors import safe_open
@@ -49,9 +50,15 @@ class Interrupter(Recorder):
         return advance
 
 
-def log_lines(log):
-    """What a log holds, but for the speed."""
-    return [{k: v for k, v in line.items() if k != "rate"} for line in log.epochs]
+@functools.cache
+def whole_run(*overrides):
+    """The model of a run that nothing interrupts, and the figures of its epochs."""
+    log = Log()
+    return train(small_shop(), small_config(*overrides), Recorder(), log=log), log.lines.values()
+
+
+def without_speed(figures):
+    return {name: value for name, value in figures.items() if name != "rate"}
 
 
 @pytest.mark.parametrize(
@@ -74,13 +81,12 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, overrides, tra
     torch.seed(), np.random.seed()  # another program
     recorder, log = Recorder(), TrainingLog(tmp_path)
     model = train(small_shop(), config, recorder, folder, log)
-    assert_same_weights(model, trained_model(*overrides))
+    assert_same_weights(model, whole_run(*overrides)[0])
     phase = "search" if overrides == SEARCH and training == 1 else "final"
     assert recorder.lines[0] == f"going on after epoch {epoch} ({phase})"
     assert ("LightGCN" in recorder.totals) == (phase == "search")  # for the training anew
-    whole = TrainingLog(tmp_path / "whole")
-    train(small_shop(), config, Recorder(), log=whole)
-    assert log_lines(log) == log_lines(whole)
+    lines = [{k: v for k, v in line.items() if k != "epoch"} for line in log.epochs]
+    assert list(map(without_speed, lines)) == list(map(without_speed, whole_run(*overrides)[1]))
 
 
 @pytest.mark.parametrize("overrides", [(), SEARCH])
@@ -90,7 +96,7 @@ def test_a_run_that_ends_after_its_last_epoch_goes_on(tmp_path, monkeypatch, ove
         train(small_shop(), small_config(*overrides), Recorder(), tmp_path)
     recorder = Recorder()
     model = train(small_shop(), small_config(*overrides), recorder, tmp_path)
-    assert_same_weights(model, trained_model(*overrides))
+    assert_same_weights(model, whole_run(*overrides)[0])
     assert recorder.totals == {"ContRec": 0}
 
 
@@ -99,7 +105,7 @@ def test_a_run_that_ends_between_search_and_training_goes_on(tmp_path, monkeypat
         patch.setattr(loop._Run, "final", lambda *_: 1 / 0)
         train(small_shop(), small_config(*SEARCH), Recorder(), tmp_path)
     model = train(small_shop(), small_config(*SEARCH), Recorder(), tmp_path)
-    assert_same_weights(model, trained_model(*SEARCH))
+    assert_same_weights(model, whole_run(*SEARCH)[0])
 
 
 def test_a_killed_process_leaves_what_another_goes_on_from(tmp_path):
@@ -123,7 +129,7 @@ train(small_shop(), small_config(), Interrupter(1, 6, kill), Path(sys.argv[1]))
     recorder = Recorder()
     model = train(small_shop(), small_config(), recorder, tmp_path)
     assert recorder.lines[0] == "going on after epoch 1 (final)"
-    assert_same_weights(model, trained_model())
+    assert_same_weights(model, whole_run()[0])
 
 
 def test_a_checkpoint_holds_what_is_trained_and_no_frozen_language_model(tmp_path):
@@ -235,7 +241,7 @@ def test_two_processes_train_one_model(tmp_path):
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
     # Twice as many users to a step, so other weights than those of one process.
-    assert not torch.equal(states[0]["item_vectors"], trained_model(*SEARCH).item_vectors)
+    assert not torch.equal(states[0]["item_vectors"], whole_run(*SEARCH)[0].item_vectors)
     counts = []
     for rank in "01":
         with safe_open(tmp_path / f"{rank}.safetensors", "pt") as file:

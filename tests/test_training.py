@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from model_cases import (
+    Log,
     Recorder,
     assert_same_weights,
     one_thread,  # noqa: F401
@@ -21,22 +22,6 @@ from safetensors.torch import load_file
 from contrec_fast.data import Dataset, Items
 from contrec_fast.models.contrec import ContRec
 from contrec_fast.training import loop, train
-
-
-class Log:
-    """Stands in for `TrainingLog`: the figures of each epoch; `last` ends the run."""
-
-    def __init__(self, last=None):
-        self.lines, self.last = {}, last
-
-    def epoch(self, number, **figures):
-        assert number == len(self.lines) + 1
-        if number == self.last:
-            raise KeyboardInterrupt
-        self.lines[number] = figures
-
-    def __getitem__(self, name):
-        return [figures[name] for figures in self.lines.values() if name in figures]
 
 
 def history_dataset(lengths, items=60):
@@ -185,7 +170,6 @@ def test_gradients_are_clipped(optimizers):
     "scores, patience, searched, best",
     [
         ([0.1, 0.3, 0.2, 0.3, 0.9], 2, 4, 2),  # equal is no better
-        ([0.2, 0.1, 0.9], 1, 2, 1),
         ([0.1, 0.2, 0.3], 1, 3, 3),
         ([0.0, 0.0, 0.0], 3, 3, 1),
     ],
