@@ -94,12 +94,10 @@ class Prompts:
             for title, item in zip(items.titles, items.ids)
         ]
         if config.text == "full":
-            titles = self._encode([" " + title for title in shown])
-            self._titles = [_text(ids, learned=True) for ids in titles]
+            self._titles = _LearnedTexts(self._encode, [" " + title for title in shown])
         categories = [" ".join(category.split()) for category in items.categories]
-        answers = self._encode([response_text(*pair) for pair in zip(shown, categories)])
-        end = text_tokenizer.eos_token_id
-        self._answers = [_text([*ids, end], learned=True) for ids in answers]
+        answers = [response_text(*pair) for pair in zip(shown, categories)]
+        self._answers = _LearnedTexts(self._encode, answers, text_tokenizer.eos_token_id)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # A title may hold the characters of a special token, but never becomes one.
@@ -149,22 +147,24 @@ class Prompts:
         items, place = np.unique(np.concatenate(shown), return_inverse=True)
         places = np.split(place, np.cumsum([len(part) for part in shown])[:-1])
         texts = answered is not None and self._answers is not None
+        titles = None if self._titles is None else self._titles.pieces(items)
+        answers = self._answers.pieces(answered) if texts else []
         prompts, reads = [], []
-        for line, (part, local) in enumerate(zip(shown, places)):
+        for line, local in enumerate(places):
             role, question = self._templates[templates[line]]
             pieces = [role]
             if self.config.user_token:
                 pieces += self._slots(len(items) + line)
             ends, length = [], sum(piece.shape[1] for piece in pieces)
-            for item, position in zip(part, local):
-                block = [] if self._titles is None else [self._titles[item]]
+            for position in local:
+                block = [] if titles is None else [titles[position]]
                 block += self._slots(position)
                 length += sum(piece.shape[1] for piece in block)
                 ends.append(length - 1 - self._close.shape[1])
                 pieces += block
             pieces.append(question)
             if texts:
-                pieces.append(self._answers[answered[line]])
+                pieces.append(answers[line])
             prompts.append(np.concatenate(pieces, axis=1))
             reads.append(ends)
         width = max(prompt.shape[1] for prompt in prompts)
@@ -179,7 +179,7 @@ class Prompts:
         token_ids, rows, labels, attention_mask = torch.from_numpy(padded)
         lengths = np.array([len(part) for part in shown])
         before = [window.history[: window.start] for window in windows]
-        responses = [self._answers[item][0] for item in answered] if texts else [[]] * len(shown)
+        responses = [answer[0] for answer in answers] if texts else [[]] * len(shown)
         return PromptBatch(
             token_ids=token_ids,
             rows=rows,
@@ -201,6 +201,25 @@ class Prompts:
         slots = _text([self.pad] * self.tokens)
         slots[1] = np.arange(owner * self.tokens, (owner + 1) * self.tokens)
         return [self._open, slots, self._close]
+
+
+class _LearnedTexts:
+    """Each item's text as a piece of a prompt, encoded when it is first wanted.
+
+    Args:
+        encode: texts to token ids. end: token id behind each text, if any.
+    """
+
+    def __init__(self, encode, texts: list[str], end: int | None = None):
+        self._encode, self._texts = encode, texts
+        self._end = [] if end is None else [end]
+        self._known: dict[int, np.ndarray] = {}
+
+    def pieces(self, items: Sequence[int]) -> list[np.ndarray]:
+        new = [item for item in dict.fromkeys(items) if item not in self._known]
+        for item, ids in zip(new, self._encode([self._texts[item] for item in new]) if new else ()):
+            self._known[item] = _text([*ids, *self._end], learned=True)
+        return [self._known[item] for item in items]
 
 
 def _text(ids: list[int], learned: bool = False) -> np.ndarray:
