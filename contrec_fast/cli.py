@@ -243,7 +243,7 @@ def _train(read, out: Path, config) -> None:
 
 def _evaluate(run: Path, baselines: str) -> None:
     """Measure the model and baselines, write metrics.json and metrics.png, print the table."""
-    from contrec_fast.cli_files import whole_file
+    from contrec_fast.data.files import whole_file
     from contrec_fast.engine import Recommender
     from contrec_fast.evaluation.charts import NAMES, bar_chart
     from contrec_fast.evaluation.protocol import evaluate as measure

@@ -2,14 +2,12 @@
 
 import os
 import sys
-import uuid
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 
 from contrec_fast.data.columns import id_column, read_table, text_column
-from contrec_fast.data.files import decode, read_bytes
+from contrec_fast.data.files import decode, read_bytes, whole_file
 
 SUFFIXES = (".csv", ".parquet")
 STANDARD_OUTPUT = Path("-")
@@ -60,14 +58,3 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
             table.to_parquet(partial, index=False)
         else:
             table.to_csv(partial, **csv)
-
-
-@contextmanager
-def whole_file(path: Path):
-    """A name to write to; the file appears at `path`, whole, or stays what it was."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -53,6 +53,17 @@ def whole_folder(folder: Path):
         raise
 
 
+@contextmanager
+def whole_file(path: Path):
+    """A name to write to; the file appears at `path`, whole, or what was there stays."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_whole(folder: Path, contents: dict[str, bytes]) -> None:
     """Write the files of a new or empty folder, which appears with all of them or not at all."""
     with whole_folder(folder) as temporary:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from contrec_fast.config import Config
+from contrec_fast.data.files import whole_file
 from contrec_fast.data.interactions import Dataset
 
 FILE = "checkpoint.safetensors"
@@ -60,9 +60,8 @@ class Checkpoints:
             tensors |= {f"{kind}:{name}": moments[kind] for kind in MOMENTS if kind in moments}
         metadata = {"state": json.dumps(state | {"fingerprint": self.fingerprint})}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{FILE}")
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary, metadata)
-        os.replace(temporary, self.path)
+        with whole_file(self.path) as path:
+            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, path, metadata)
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer) -> None:

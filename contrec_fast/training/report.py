@@ -1,12 +1,13 @@
 """The record of a training run: figures per epoch, TensorBoard events, and their curves."""
 
 import json
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from torch.utils.tensorboard import SummaryWriter
+
+from contrec_fast.data.files import whole_file
 
 METRICS = ("ndcg", "hr")  # how the names of validation figures start
 NOT_DRAWN = ("rate", "learning_rate")
@@ -38,9 +39,8 @@ class TrainingLog:
         self.epochs = [line for line in self.epochs if line["epoch"] < number]
         self.epochs.append({"epoch": number} | {n: float(v) for n, v in figures.items()})
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / ".log.jsonl"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.epochs))
-        os.replace(temporary, self.folder / "log.jsonl")
+        with whole_file(self.folder / "log.jsonl") as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.epochs))
         if self._writer is None:
             self._writer = SummaryWriter(self.folder / "tensorboard", purge_step=number)
         for name, value in figures.items():
