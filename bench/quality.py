@@ -23,6 +23,7 @@ from bench.reporting import environment
 from contrec_fast.config import Config, apply_overrides
 from contrec_fast.data import Dataset, read_data
 from contrec_fast.engine import Recommender
+from contrec_fast.environment import default_device
 from contrec_fast.evaluation.baselines import BASELINES, fit_baselines
 from contrec_fast.evaluation.metrics import catalog_coverage, list_diversity, rank_metrics
 from contrec_fast.evaluation.protocol import compare
@@ -88,9 +89,9 @@ class Probe(Recommender):
     def vectors(self, condition, keys):
         def sample(condition, keys, draws=1):
             y = self.plan(condition, seed=self.seed, user_ids=keys, samples=draws)
-            return self.model.to_item_space(y if draws > 1 else y[None])
+            return y if draws > 1 else y[None]
 
-        return self.how(sample, condition, keys)
+        return self.model.to_item_space(self.how(sample, condition, keys))
 
 
 def configure(variant: str, settings: list[str], seed: int) -> Config:
@@ -127,20 +128,17 @@ def measure(variant, config, dataset: Dataset, vectors, lists: Path, progress, p
     np.save(lists / f"{name}.npy", found.ids)
     result = {"minutes": minutes, "metrics": beyond(found.ids, dataset, vectors)}
     others = {}
-    if config.prompt.text != "none":
+    if config.prompt.text != "none" and config.head.source == "hidden":
         others["without text"] = Recommender(model, dataset, text=False)
-        result["names a category"] = float(np.mean([bool(text) for text in found.texts]))
+        named = others["without text"].matcher.match(found.texts).any(1)
+        result["names a category"] = float(named.float().mean())
     if probes:
-        for label, settings in AT_INFERENCE.items():
-            model.config = apply_overrides(config, list(settings))
-            others[label] = Recommender(model, dataset)
-            ids = lists_of(others.pop(label), rows).ids
-            result.setdefault("at inference", {})[label] = beyond(ids, dataset, vectors)
-        model.config = config
         others |= {label: Probe(model, dataset, how) for label, how in VECTORS.items()}
-    for label, recommender in others.items():
-        ids = lists_of(recommender, rows).ids
-        result.setdefault("at inference", {})[label] = beyond(ids, dataset, vectors)
+    found = {label: lists_of(recommender, rows).ids for label, recommender in others.items()}
+    for label, settings in AT_INFERENCE.items() if probes else ():
+        model.config = apply_overrides(config, list(settings))
+        found[label] = lists_of(Recommender(model, dataset), rows).ids
+    result["at inference"] = {label: beyond(ids, dataset, vectors) for label, ids in found.items()}
     return result
 
 
@@ -196,9 +194,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name in names:
         if name not in VARIANTS and name not in BASELINES:
             parser.error(f"--variants: expected some of {', '.join([*VARIANTS, *BASELINES])}")
+        if options.probes and "head.diffusion=false" in VARIANTS.get(name, ()):
+            parser.error(f"--probes: expected variants with a sampler, got {name}")
 
     config = apply_overrides(Config(), [*options.settings, f"data.holdout={options.holdout}"])
-    dataset = read_data(options.data, config.data)
+    dataset = read_data(options.data, config.data, config.seed)
     dataset = dataset.of_users(np.flatnonzero(dataset.targets >= 0))
     lists = options.out.with_suffix(".lists")
     lists.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
                     )
                     result["settings"] = list(VARIANTS[name])
                     seed_of = seed
-                known[seed_of] = result | {"environment": environment("cpu")}
+                known[seed_of] = result | {"environment": environment(default_device().type)}
                 temporary = options.out.with_suffix(".partial")
                 temporary.write_text(json.dumps(stored, indent=1) + "\n")
                 os.replace(temporary, options.out)

@@ -126,8 +126,10 @@ class HeadConfig:
 
     space: what is diffused, item vectors or their continuous tokens, which are then decoded.
     source: conditions come from hidden states of the history, or from the response's token
-    embeddings. bag: conditions from hidden states also see the sum of the whole history's item
-    vectors. diffusion: off makes the condition itself the vector, for comparison.
+    embeddings, as in the released code: in training those of the true response, which names the
+    target, at inference those of the one that is written. bag: conditions from hidden states
+    also see the sum of the whole history's item vectors. diffusion: off makes the condition
+    itself the vector, for comparison.
     """
 
     diffusion: bool = True

@@ -14,6 +14,7 @@ from contrec_fast.data import Dataset, Items
 from contrec_fast.data.templates import response_text
 
 BATCH = 256
+FIT_ROWS = 50_000  # evenly spread over the catalog; a map of a few million numbers needs no more
 PENALTIES = torch.logspace(-4, 4, 17, dtype=torch.float64)
 
 
@@ -37,15 +38,16 @@ def embed_texts(model, titles: list[str], categories: list[str]) -> Tensor:
 
 
 def fit_text_map(model, items: Items) -> None:
-    """Fit `model.text_map` so that an item's text gives its vector."""
-    features = embed_texts(model, items.titles, items.categories)
-    model.text_map.copy_(ridge_map(features, model.item_vectors.detach()))
+    """Fit `model.text_map` so that an item's text gives its vector, on at most FIT_ROWS items."""
+    some = slice(None, None, -(-len(items) // FIT_ROWS))
+    features = embed_texts(model, items.titles[some], items.categories[some])
+    model.text_map.copy_(ridge_map(features, model.item_vectors.detach()[some]))
 
 
 def ridge_map(features: Tensor, targets: Tensor) -> Tensor:
     """Ridge regression with intercept; the penalty of least leave-one-out error.
 
-    That error is exact and costs one eigendecomposition (the PRESS statistic; Allen, 1974).
+    That error is exact and costs one singular value decomposition (PRESS; Allen, 1974).
 
     Args:
         features: [N, H]. targets: [N, D].

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 
 from contrec_fast.config import Config, TrainingConfig
 from contrec_fast.data.interactions import Dataset
@@ -81,7 +82,8 @@ class _Run:
         for model, figures in self._epochs(dataset, state, left):
             if figures is None:
                 break
-            figures["ndcg@10"] = _validate(model, dataset)
+            # The main process's, so that rounding elsewhere does not make one stop alone.
+            figures["ndcg@10"] = broadcast_object_list([_validate(model, dataset)])[0]
             if figures["ndcg@10"] > state["best"]:
                 state |= {"best": figures["ndcg@10"], "best_epoch": state["epoch"]}
             self._record(state["epoch"], figures)
