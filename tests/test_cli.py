@@ -204,6 +204,16 @@ def test_train_refuses_data_that_is_not_there(train_arguments, tmp_path):
     assert names(tmp_path) == {"empty"}
 
 
+@pytest.fixture
+def handlers():
+    """Those of a program in the foreground: one in the background may ignore SIGINT."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def interrupt(signal_number):
     os.kill(os.getpid(), signal_number)
     time.sleep(60)  # which the signal interrupts
@@ -211,9 +221,9 @@ def interrupt(signal_number):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
-    run, train_arguments, tmp_path, monkeypatch, number, status
+    run, train_arguments, tmp_path, monkeypatch, handlers, number, status
 ):
-    record, before = TrainingLog.epoch, signal.getsignal(signal.SIGTERM)
+    record = TrainingLog.epoch
 
     def epoch(log, at, **figures):
         if at == 2:
@@ -224,7 +234,6 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(TrainingLog, "epoch", epoch)
         result = contrec(*train_arguments)
-    signal.signal(signal.SIGTERM, before)
     assert result.exit_code == status and result.stdout == ""
     assert result.stderr.splitlines()[-1] == (
         f"contrec: interrupted; the same command goes on from {place}"
@@ -245,7 +254,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 
 
 def test_an_interruption_before_there_is_a_checkpoint_leaves_nothing(
-    train_arguments, tmp_path, monkeypatch
+    train_arguments, tmp_path, monkeypatch, handlers
 ):
     monkeypatch.setattr(data, "read_data", lambda *_: interrupt(signal.SIGINT))
     result = contrec(*train_arguments)
