@@ -358,8 +358,8 @@ def test_the_dispersive_loss_is_bounded_to_some_rows():
         ({"timesteps": 0}, ["1", "0"]),
         ({"steps": 21}, ["steps", "20", "21"]),
         ({"steps": 0}, ["steps", "0"]),
-        ({"width": 0}, ["width", "0"]),
-        ({"depth": 0}, ["depth", "0"]),
+        ({"denoiser": "adaln", "width": 0}, ["width", "0"]),
+        ({"denoiser": "adaln", "depth": 0}, ["depth", "0"]),
     ],
 )
 def test_head_refuses(options, words):
