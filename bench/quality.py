@@ -210,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.table:
         table(stored["results"], dataset, lists)
         return
+    found = environment(default_device().type)  # now: the code that runs is that of this moment
     # One space for the diversity of all lists: LightGCN's, whitened, of seed 0.
     torch.manual_seed(0)
     vectors_path = lists / "vectors.npy"
@@ -233,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
                     )
                     result["settings"] = list(VARIANTS[name])
                     seed_of = seed
-                known[seed_of] = result | {"environment": environment(default_device().type)}
+                known[seed_of] = result | {"environment": found}
                 temporary = options.out.with_suffix(".partial")
                 temporary.write_text(json.dumps(stored, indent=1) + "\n")
                 os.replace(temporary, options.out)
