@@ -29,13 +29,9 @@ class TrainingLog:
     def epoch(self, number: int, **figures: float) -> None:
         """Record an epoch, counted from 1; it and later ones are forgotten if known already.
 
-        Without figures nothing happens: the epoch was recorded before an interruption.
-
         figures: losses by their names, `rate` in users/s, `learning_rate`, and validation metrics,
         whose names start with "ndcg" or "hr".
         """
-        if not figures:
-            return
         self.epochs = [line for line in self.epochs if line["epoch"] < number]
         self.epochs.append({"epoch": number} | {n: float(v) for n, v in figures.items()})
         self.folder.mkdir(parents=True, exist_ok=True)
