@@ -1,4 +1,4 @@
-"""What every test shares: a fresh seed, few threads, and the skip of tests that need a GPU."""
+"""What every test shares: a fresh seed, one thread, and the skip of tests that need a GPU."""
 
 import os
 import random
@@ -11,9 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-MAX_THREADS = 4  # the tests' tensors are small: more threads only wait for each other
 
-torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
+torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 
 
 def pytest_addoption(parser):

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -22,16 +21,6 @@ from contrec_fast.data.prompts import Prompts, Window
 from contrec_fast.models.quantizer import ResidualQuantizer
 from contrec_fast.training import train
 from contrec_fast.training.build import build
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For modules that import it: tensors this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 FOLDER = tempfile.TemporaryDirectory()
 RESIDUAL = "tokenizer.kind=residual-quantizer"  # an override

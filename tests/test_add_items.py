@@ -5,7 +5,6 @@ import copy
 import pandas as pd
 import torch
 from model_cases import (
-    one_thread,  # noqa: F401
     random_model,
     small_shop,
 )

@@ -8,7 +8,6 @@ import pytest
 import torch
 from model_cases import (
     Recorder,
-    one_thread,  # noqa: F401
     small_config,
     small_shop,
     trained_model,

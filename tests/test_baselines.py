@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_cases import cycle, make_dataset, random_dataset
-from model_cases import Recorder, one_thread  # noqa: F401
+from model_cases import Recorder
 
 from contrec_fast.data import Dataset, read_folder
 from contrec_fast.evaluation import (

@@ -15,7 +15,6 @@ from model_cases import (
     Log,
     Recorder,
     assert_same_weights,
-    one_thread,  # noqa: F401
     small_config,
     small_shop,
 )

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from cli_cases import contrec, names, refused, succeeded
 from model_cases import (
-    one_thread,  # noqa: F401
     small_config,
     small_shop,
 )

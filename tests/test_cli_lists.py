@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from cli_cases import COLUMNS, names, refused, succeeded
 from model_cases import (
-    one_thread,  # noqa: F401
     small_shop,
 )
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from model_cases import (
     assert_same_weights,
     backbone_of,
-    one_thread,  # noqa: F401
     random_model,
     small_shop,
     trained_model,

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import one_thread  # noqa: F401
 from ops_cases import refused, relative_error
 
 from contrec_fast.models.condition import ConditionEncoder

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from model_cases import (
     Recorder,
-    one_thread,  # noqa: F401
     random_model,
     small_shop,
     trained_model,

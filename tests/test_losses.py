@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from model_cases import one_thread  # noqa: F401
 
 from contrec_fast.models.losses import bpr_loss, contrastive_denoising_loss, dispersive_loss
 

@@ -6,7 +6,6 @@ import weakref
 import torch
 from model_cases import (
     Recorder,
-    one_thread,  # noqa: F401
     prompts_of,
     random_model,
     small_config,

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import one_thread  # noqa: F401
 from ops_cases import make_denoiser, relative_error
 
 from contrec_fast import ops

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import one_thread, small_shop  # noqa: F401
+from model_cases import small_shop
 
 from contrec_fast.config import LightGCNConfig, TokenizerConfig
 from contrec_fast.models.quantizer import ResidualQuantizer

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from model_cases import one_thread  # noqa: F401
 from ops_cases import relative_error
 
 from contrec_fast.models import quantizer

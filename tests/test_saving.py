@@ -9,7 +9,6 @@ from model_cases import (
     RESIDUAL,
     assert_same_weights,
     backbone_of,
-    one_thread,  # noqa: F401
     random_model,
     small_shop,
     trained_model,

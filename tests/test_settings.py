@@ -8,7 +8,6 @@ from model_cases import (
     RESIDUAL,
     Recorder,
     backbone_of,
-    one_thread,  # noqa: F401
     prompts_of,
     random_history,
     random_model,

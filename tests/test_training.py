@@ -11,7 +11,6 @@ from model_cases import (
     Log,
     Recorder,
     assert_same_weights,
-    one_thread,  # noqa: F401
     small_config,
     small_shop,
     trained_model,

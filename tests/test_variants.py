@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from model_cases import (
     RESIDUAL,
     Recorder,
-    one_thread,  # noqa: F401
     prompts_of,
     random_history,
     random_model,
