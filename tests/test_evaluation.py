@@ -193,6 +193,12 @@ def test_compare_puts_the_model_beside_the_best_baseline_of_each_metric(filter_s
     }
 
 
+def test_compare_counts_histories_of_users_without_a_target_too():
+    data = make_dataset([[0], [1, 2]], 4, [-1, 0])
+    result = compare(np.full((1, 20), -1), {}, data)
+    assert result["targets"] == {"total": 1, "in_history": 0, "unseen": 0}
+
+
 def test_compare_without_a_baseline():
     data = make_dataset([[0], [1]], 4, [1, 0])
     result = compare(np.full((2, 20), -1), {}, data, np.eye(4))

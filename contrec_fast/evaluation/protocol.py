@@ -59,7 +59,7 @@ def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] 
         lists[name] = recommend(baseline, dataset, CUTOFF, filter_seen=filter_seen)[rows]
         if name == "lightgcn":
             vectors = baseline.item_vectors
-    return compare(ids, lists, dataset.of_users(rows), vectors, filter_seen)
+    return compare(ids, lists, dataset, vectors, filter_seen)
 
 
 def compare(
@@ -72,7 +72,7 @@ def compare(
     """What lists are worth, beside those of the baselines, as a tree for JSON.
 
     Args:
-        model: [U, 20] the model's lists for the users of the dataset, who all have a target.
+        model: [U, 20] the model's lists for the users of the dataset that have a target.
         baselines: the same of each baseline. vectors: [N, D] for the diversity of lists.
 
     Returns:
@@ -84,9 +84,10 @@ def compare(
         "diversity": {"model" or name: within the first 10} (only with vectors),
         "targets": {"total", "in_history", "unseen"}, "filter_seen": bool}`.
     """
+    targets = dataset.targets[dataset.targets >= 0]
     lists = {"model": model, **baselines}
-    values = {name: user_metrics(ids, dataset.targets) for name, ids in lists.items()}
-    users, items = len(dataset.targets), len(dataset.items)
+    values = {name: user_metrics(ids, targets) for name, ids in lists.items()}
+    users, items = len(targets), len(dataset.items)
     means, errors = {}, {}
     for name, row in values.items():
         means[name] = {metric: float(of.mean()) for metric, of in row.items()}

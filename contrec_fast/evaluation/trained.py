@@ -79,7 +79,7 @@ class TrainedBaseline(ABC):
                     if value > best:
                         best, best_epoch = value, epoch
                 advance(loss=loss, best=best)
-                if epoch - best_epoch >= self.patience:
+                if best_epoch and epoch - best_epoch >= self.patience:
                     break
         return best_epoch
 
