@@ -11,6 +11,7 @@ only, and both for random vectors in the place of the new items' own.
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,13 @@ def split(dataset: Dataset, cold: np.ndarray) -> tuple[Dataset, list[tuple[np.nd
     return Dataset(catalog, users, histories, targets), cases
 
 
-def judge(model, cases: list[tuple[np.ndarray, int]], warm: int) -> dict[str, float]:
-    """HR@10 and NDCG@10 in the whole catalog, and HR@10 among the new items only."""
+def judge(model, known: Dataset, cases: list[tuple[np.ndarray, int]]) -> dict[str, float]:
+    """HR@10 and NDCG@10 in the whole catalog, HR@10 among the new items only, and the share of
+    new items in the lists of the users of training (with more than their part of the catalog
+    they push themselves forward)."""
+    warm = len(known.items)
+    crowd = Dataset(model.dataset.items, known.user_ids, known.histories, known.targets)
+    everybody = Recommender(model, crowd).recommend(np.arange(len(crowd.user_ids)), 10).ids
     names = [f"case {number}" for number in range(len(cases))]
     targets = np.array([target for _, target in cases])
     dataset = Dataset(model.dataset.items, names, [history for history, _ in cases], targets)
@@ -65,6 +71,7 @@ def judge(model, cases: list[tuple[np.ndarray, int]], warm: int) -> dict[str, fl
     recommender.catalog.eligible[:warm] = False
     k = min(10, len(recommender.catalog) - warm)
     ids = recommender.recommend(rows, k).ids
+    result["share of lists"] = float((everybody >= warm).mean())
     result["hr@10 among new"] = float((ids == targets[:, None]).any(1).mean())
     return result
 
@@ -84,9 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     cold = np.sort(rng.choice(len(dataset.items), count, replace=False))
     known, cases = split(dataset, cold)
     warm = len(known.items)
-    with ProgressBars() as progress:
+    with ProgressBars() as progress, tempfile.TemporaryDirectory() as folder:
         trained = train(known, config, progress)
-        folder = options.out.with_suffix(".run")
         trained.save_pretrained(folder)
 
         items = dataset.items
@@ -108,13 +114,13 @@ def main(arguments: list[str] | None = None) -> None:
             model.add_items(frame, pairs)
             return model
 
-        results = {"by text": judge(extended(), cases, warm)}
+        results = {"by text": judge(extended(), known, cases)}
         model = extended()
         torch.manual_seed(config.seed)
         with torch.no_grad():
             own = model.item_vectors[warm:]
             own.copy_(torch.randn_like(own))
-        results["random vectors"] = judge(model, cases, warm)
+        results["random vectors"] = judge(model, known, cases)
         # First halves tell, second halves are asked.
         count_of = np.bincount([target for _, target in cases])
         met, told, asked = np.zeros_like(count_of), [], []
@@ -123,8 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
             (told if 2 * met[case[1]] <= count_of[case[1]] else asked).append(case)
         asked = [case for case in asked if count_of[case[1]] > 1]
         if asked:
-            results["by interactions"] = judge(extended(told), asked, warm)
-            results["by text, the same cases"] = judge(extended(), asked, warm)
+            results["by interactions"] = judge(extended(told), known, asked)
+            results["by text, the same cases"] = judge(extended(), known, asked)
     found = {
         "data": options.data.name,
         "settings": [f"preset={options.preset}", *options.settings],
