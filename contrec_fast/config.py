@@ -276,7 +276,7 @@ def save_config(config: Config, path: str | Path) -> None:
 def _set_all(part, tree, section: str = "") -> None:
     """Set fields of a dataclass of the tree to those of a mapping, checked key by key."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{section and section + ': '}expected a mapping, got {tree!r}")
+        raise ValueError(f"{section and section + ': '}expected a mapping, got {repr(tree)[:60]}")
     kinds = {f.name: f.type for f in dataclasses.fields(part)}
     for key, value in tree.items():
         name = f"{section}.{key}" if section else str(key)

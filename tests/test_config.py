@@ -235,3 +235,11 @@ def test_refuses_files_that_cannot_be_read(tmp_path):
         load_config(path)
     with pytest.raises(ValueError, match="readable YAML file"):
         load_config(tmp_path)
+
+
+def test_a_long_file_that_is_no_mapping_is_shown_in_part(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id\n" + "a,b\n" * 1000)
+    with pytest.raises(ValueError, match="expected a mapping, got 'user_id,item_id") as error:
+        load_config(path)
+    assert len(str(error.value)) < len(str(path)) + 100

@@ -42,7 +42,9 @@ class Checkpoints:
                 self.state = json.loads(file.metadata()["state"])
                 self.has_weights = bool(file.keys())
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: expected a checkpoint, got {error}") from None
+            raise ValueError(
+                f"{self.path}: expected a checkpoint, got {error}; remove the folder to start anew"
+            ) from None
         if self.state.pop("fingerprint", None) != self.fingerprint:
             raise ValueError(
                 f"{self.path.parent}: expected checkpoints of the same data and settings, got "
