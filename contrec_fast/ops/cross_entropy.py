@@ -22,8 +22,8 @@ def _catalog_cross_entropy(
 
 
 def _registered(queries, vectors, targets, temperature, similarity, backend):
-    implementation = resolve("catalog_cross_entropy", backend)
-    return implementation(queries, vectors, targets, temperature, similarity)
+    arguments = (queries, vectors, targets, temperature, similarity)
+    return resolve("catalog_cross_entropy", backend, *arguments)(*arguments)
 
 
 _library = torch.library.Library("contrec", "FRAGMENT")
@@ -70,4 +70,4 @@ def catalog_cross_entropy(
     arguments = (queries, vectors, targets, float(temperature), similarity)
     if torch.compiler.is_compiling():
         return torch.ops.contrec.catalog_cross_entropy(*arguments, backend)
-    return resolve("catalog_cross_entropy", backend)(*arguments)
+    return resolve("catalog_cross_entropy", backend, *arguments)(*arguments)

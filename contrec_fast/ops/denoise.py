@@ -109,7 +109,8 @@ def _denoise(
 
 
 def _registered(x, condition, t, weights, description, guidance, backend):
-    return resolve("denoise", backend)(x, condition, t, weights, description, guidance)
+    arguments = (x, condition, t, weights, description, guidance)
+    return resolve("denoise", backend, *arguments)(*arguments)
 
 
 _library = torch.library.Library("contrec", "FRAGMENT")
@@ -152,4 +153,4 @@ def denoise(
     arguments = (x, condition, t, weights, description, float(guidance))
     if torch.compiler.is_compiling():
         return torch.ops.contrec.denoise(*arguments, backend)
-    return resolve("denoise", backend)(*arguments)
+    return resolve("denoise", backend, *arguments)(*arguments)

@@ -1,39 +1,129 @@
 """Which backend serves an operation.
 
 An implementation registers itself under (operation, backend name). All implementations of an
-operation take the same tensors, so a caller never knows which one runs; `last_backend` tells.
+operation take the same arguments, so a caller never knows which one runs; `last_backend` tells.
+
+"auto" means: on the CPU the C++ extension where it can serve, else the reference. On a GPU a
+kernel is chosen only where a stored run on such a GPU, of the very source that is installed,
+showed it right and faster (`measured.json`); else the reference.
 """
 
+import functools
+import hashlib
+import importlib.util
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 REFERENCE = "reference"
-_implementations: dict[str, dict[str, Callable]] = {}
+CPP = "cpp"
+TABLE = Path(__file__).with_name("measured.json")
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    function: Callable
+    obstacle: Callable[..., str | None] | None
+    bucket: Callable[..., str] | None
+    sources: tuple[str, ...]
+
+
+_implementations: dict[str, dict[str, _Implementation]] = {}
 _served: dict[str, str] = {}
 
 
-def implements(operation: str, backend: str = REFERENCE):
-    """Decorator: register a function as `operation`'s implementation under a backend name."""
+def implements(
+    operation: str,
+    backend: str = REFERENCE,
+    obstacle: Callable[..., str | None] | None = None,
+    bucket: Callable[..., str] | None = None,
+    sources: tuple[str, ...] = (),
+):
+    """Decorator: register a function as `operation`'s implementation under a backend name.
+
+    Args:
+        obstacle: called with the operation's arguments; None if the backend can serve them, else
+            what it would need, in a few words.
+        bucket: called with the same; names the class of shapes that one measurement stands for.
+        sources: modules whose text decides whether a measurement is of this implementation.
+    """
 
     def register(function: Callable) -> Callable:
-        _implementations.setdefault(operation, {})[backend] = function
+        found = _Implementation(function, obstacle, bucket, sources)
+        _implementations.setdefault(operation, {})[backend] = found
         return function
 
     return register
 
 
-def resolve(operation: str, backend: str) -> Callable:
-    """The implementation that serves a call, noted for `last_backend`.
+def resolve(operation: str, backend: str, *arguments) -> Callable:
+    """The implementation that serves a call with these arguments, noted for `last_backend`.
 
     Raises:
-        ValueError: the operation has no such backend.
+        ValueError: the operation has no such backend, or it cannot serve these arguments.
     """
     available = _implementations[operation]
-    name = REFERENCE if backend == "auto" else backend
+    name = _choose(operation, *arguments) if backend == "auto" else backend
     if name not in available:
         names = ", ".join(["auto", *available])
         raise ValueError(f"backend: {operation} has {names}, got {backend!r}")
+    found = available[name]
+    if backend != "auto" and found.obstacle and (obstacle := found.obstacle(*arguments)):
+        raise ValueError(f"backend: {name} cannot serve this {operation}: {obstacle}")
     _served[operation] = name
-    return available[name]
+    return found.function
+
+
+def _choose(operation: str, *arguments) -> str:
+    available = _implementations[operation]
+    device = next(value.device for value in arguments if isinstance(value, Tensor))
+    if device.type == "cpu":
+        candidates = [CPP] if CPP in available else []
+    else:
+        candidates = _measured(operation, device, *arguments)
+    for name in candidates:
+        if not (available[name].obstacle and available[name].obstacle(*arguments)):
+            return name
+    return REFERENCE
+
+
+def _measured(operation: str, device: torch.device, *arguments) -> list[str]:
+    """Backends that a stored run showed right and faster for such arguments, best first."""
+    rows = [row for row in measurements() if row["operation"] == operation]
+    if not rows:
+        return []
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    found = []
+    for row in sorted(rows, key=lambda row: -row["speedup"]):
+        kernel = _implementations[operation].get(row["backend"])
+        if (
+            kernel is not None
+            and kernel.bucket is not None
+            and row["architecture"] == architecture
+            and row["bucket"] == kernel.bucket(*arguments)
+            and row["source"] == source_hash(*kernel.sources)
+        ):
+            found.append(row["backend"])
+    return found
+
+
+@functools.cache
+def measurements() -> list[dict]:
+    """Rows {operation, backend, architecture ("sm_90"), bucket, source, speedup}, from the GPU."""
+    return json.loads(TABLE.read_text())
+
+
+@functools.cache
+def source_hash(*modules: str) -> str:
+    """SHA-256 of the source files of some modules."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(Path(importlib.util.find_spec(module).origin).read_bytes())
+    return digest.hexdigest()
 
 
 def backends() -> dict[str, list[str]]:

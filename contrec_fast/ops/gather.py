@@ -23,7 +23,8 @@ def _gather_tokens(
 
 
 def _registered(token_ids, rows, text_table, token_table, backend):
-    return resolve("gather_tokens", backend)(token_ids, rows, text_table, token_table)
+    arguments = (token_ids, rows, text_table, token_table)
+    return resolve("gather_tokens", backend, *arguments)(*arguments)
 
 
 _library = torch.library.Library("contrec", "FRAGMENT")
@@ -69,7 +70,7 @@ def gather_tokens(
     if torch.compiler.is_compiling():
         result = torch.ops.contrec.gather_tokens(*arguments, backend)
     else:
-        result = resolve("gather_tokens", backend)(*arguments)
+        result = resolve("gather_tokens", backend, *arguments)(*arguments)
     if out is None:
         return result
     check("out", out, tuple(result.shape), (result.dtype,), like=token_ids)

@@ -104,10 +104,11 @@ def _registered(
     guidance: float,
     backend: str,
 ) -> Tensor:
-    return resolve("sample", backend)(
+    arguments = (
         condition, seed, user_ids, samples, noise, weights, times, coefficients, noises,
         multistep, description, guidance,
     )  # fmt: skip
+    return resolve("sample", backend, *arguments)(*arguments)
 
 
 @_registered.register_fake
@@ -234,7 +235,7 @@ class SamplingPlan(nn.Module):
                 y = torch.ops.contrec.sample(*arguments, backend)
             else:
                 with torch.no_grad():
-                    y = resolve("sample", backend)(*arguments)
+                    y = resolve("sample", backend, *arguments)(*arguments)
         return y if samples > 1 else y[0]
 
     def check_fresh(self):

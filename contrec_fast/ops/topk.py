@@ -113,10 +113,11 @@ def _registered(
     seen_rows: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return resolve("cosine_topk", backend)(
+    arguments = (
         queries, vectors, norms, scan, groups, eligible, k, matched, pi,
         seen_offsets, seen_ids, seen_rows,
     )  # fmt: skip
+    return resolve("cosine_topk", backend, *arguments)(*arguments)
 
 
 @_registered.register_fake
@@ -185,4 +186,4 @@ def cosine_topk(
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.contrec.cosine_topk(*arguments, backend)
-    return resolve("cosine_topk", backend)(*arguments)
+    return resolve("cosine_topk", backend, *arguments)(*arguments)
