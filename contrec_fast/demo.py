@@ -11,14 +11,19 @@ SHOWN_HISTORY = 5
 
 
 def show_users(model: ContRec, users: int, k: int, console: Console) -> None:
-    """Print histories, generated texts and lists of some users spread over the dataset."""
+    """Print histories, generated texts and lists of some users spread over the dataset.
+
+    As in evaluation, the held-out item is neither read nor left out, so that lists may have it.
+    """
     dataset, bonus = model.dataset, model.config.retrieval.bonus
     titles, categories = dataset.items.titles, dataset.items.categories
-    index = {item: number for number, item in enumerate(dataset.items.ids)}
     rows = np.linspace(0, len(dataset.user_ids) - 1, users).astype(int)
-    lists = model.recommend([dataset.user_ids[row] for row in rows], k=k)
+    ids, known = dataset.items.ids, dataset.histories
+    index = {item: number for number, item in enumerate(ids)}
+    histories = {dataset.user_ids[row]: [ids[item] for item in known[row]] for row in rows}
+    lists = model.recommend(histories=histories, k=k)
     for row in rows:
-        user = dataset.user_ids[row]
+        user, target = dataset.user_ids[row], dataset.targets[row]
         chosen = lists[lists.user_id == user]
         history = [titles[item] for item in dataset.histories[row][-SHOWN_HISTORY:]]
         console.print(f"\n[bold]User {escape(user)}[/] chose, latest last:")
@@ -36,6 +41,6 @@ def show_users(model: ContRec, users: int, k: int, console: Console) -> None:
                 escape(categories[item]),
                 f"{line.score:.3f}",
                 f"x {1 + bonus:.2f}" if line.matched else "",
-                "chosen next" if item == dataset.targets[row] else "",
+                "chosen next" if item == target else "",
             )
         console.print(table)

@@ -1,11 +1,20 @@
-"""What the tests of data share: random data sets and the comparison of two."""
+"""What the tests of data share: random data sets, the comparison of two, tables as files."""
+
+import csv
+import gzip
 
 import numpy as np
+import pandas as pd
 from hypothesis import strategies as st
 
 from contrec_fast.data import Dataset, Items
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+LOGS = ["log.csv", "log.tsv", "log.csv.gz", "log.parquet", "log.inter"]
+LOG = {"user_id": ["b", "a", "a", "b", "a"], "item_id": [*"xyzzx"], "timestamp": [5, 3, 1, 4, 2]}
+ITEMS = {"item_id": ["y", "w", "x"], "title": ["Y", "W, w", "X"], "category": ["Tea", "", "Tea"]}
+TYPES = {"timestamp": "float", "title": "token_seq", "category": "token"}
 
 
 @st.composite
@@ -43,3 +52,29 @@ def mutated(draw, data: bytes):
 
 def assert_one_line(error: Exception, path) -> None:
     assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1, str(error)
+
+
+def encode(name: str, columns: dict) -> bytes:
+    """A table as the content of a file of that name."""
+    frame = pd.DataFrame(columns)
+    if name.endswith(".parquet"):
+        return frame.to_parquet()
+    if name.endswith((".inter", ".item")):
+        frame.columns = [f"{column}:{TYPES.get(column, 'token')}" for column in frame]
+    sep = "," if ".csv" in name else "\t"
+    data = frame.to_csv(sep=sep, index=False, quoting=csv.QUOTE_ALL).encode()
+    return gzip.compress(data) if name.endswith(".gz") else data
+
+
+def items_name(log: str) -> str:
+    """What the items table beside a log of that name is called."""
+    special = {"log.inter": "log.item", "log.parquet": "items.parquet"}
+    return special.get(log, "items.csv")
+
+
+def write(folder, name="log.csv", log=LOG, items=None):
+    path = folder / name
+    path.write_bytes(log if isinstance(log, bytes) else encode(name, log))
+    if items is not None:
+        (folder / items_name(name)).write_bytes(encode(items_name(name), items))
+    return path

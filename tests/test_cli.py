@@ -110,6 +110,21 @@ def test_presets_train_evaluate_and_recommend(world, tmp_path, preset):
     assert len(succeeded("recommend", run, "--k", 2).stdout.splitlines()) == 1 + 2 * 30
 
 
+def test_a_run_that_holds_nothing_out_serves_but_is_not_judged(train_arguments, tmp_path):
+    run, shop = tmp_path / "run", small_shop()
+    succeeded(*train_arguments, "data.holdout=none", "training.patience=1")
+    kept = load_dataset(run / "data")
+    assert (kept.targets == -1).all()
+    for history, known, target in zip(kept.histories, shop.histories, shop.targets, strict=True):
+        assert history.tolist() == [*known, target]
+    before = names(run)
+    line = refused("evaluate", run)
+    assert "expected users with a held-out item" in line and "data.holdout=test or valid" in line
+    assert names(run) == before
+    lists = succeeded("recommend", run, "--users", "user-0003", "--k", 60).stdout
+    assert len(lists.splitlines()) == 1 + 60 - len(set(kept.histories[2].tolist()))
+
+
 def test_no_epochs_give_a_run_without_curves(train_arguments, tmp_path):
     succeeded(*train_arguments, "training.epochs=0")
     assert names(tmp_path / "run") == FILES - {"curves.png", "log.jsonl", "tensorboard"}
@@ -181,7 +196,7 @@ def test_train_refuses_a_bad_configuration(world, train_arguments, tmp_path, tex
     [
         (["steps=3"], ["'head.steps'", "'steps'"]),
         (["training.epochs=-1"], ["training.epochs", "0", "-1"]),
-        (["data.holdout=all"], ["data.holdout", "test, validation", "'all'"]),
+        (["data.holdout=all"], ["data.holdout", "test, validation, none", "'all'"]),
         (["head.steps"], ["KEY=VALUE", "'head.steps'"]),
         (["--preset", "papr"], ["preset", "contrec", "'papr'"]),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_cases import assert_one_line, assert_same, datasets
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from contrec_fast.data import Dataset, Items, read_folder, write_folder
@@ -59,8 +59,21 @@ def test_for_validation_moves_the_last_of_each_history_to_the_target(data):
         assert before.tolist() == list(expected) and (target >= 0 or list(after) == list(before))
 
 
-def test_for_validation_of_nobody(folder):
-    nobody = read_folder(folder).of_users(np.array([], dtype=np.int64)).for_validation()
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(datasets(lowest_target=-1))
+def test_complete_ends_each_history_with_its_target(data):
+    whole = data.complete()
+    assert (whole.items, whole.user_ids) == (data.items, data.user_ids)
+    assert whole.targets.dtype == np.int64 and (whole.targets == -1).all()
+    for before, after, target in zip(data.histories, whole.histories, data.targets, strict=True):
+        assert after.tolist() == [*before, target][: len(before) + (target >= 0)]
+        assert after.dtype == np.int64
+    assert_same(whole.complete(), whole)
+
+
+@pytest.mark.parametrize("holdout", ["test", "validation", "none"])
+def test_hold_out_of_nobody(folder, holdout):
+    nobody = read_folder(folder).of_users(np.array([], dtype=np.int64)).hold_out(holdout)
     assert nobody.user_ids == [] and nobody.targets.dtype == np.int64
 
 
@@ -159,7 +172,7 @@ def test_refuses_what_is_not_a_folder_of_files(folder):
         read_folder(folder / "none")
     with pytest.raises(ValueError, match="train.txt: expected a folder, got a file"):
         read_folder(folder / "train.txt")
-    with pytest.raises(ValueError, match="holdout: expected 'test' or 'validation', got 'dev'"):
+    with pytest.raises(ValueError, match="holdout: expected one of test, .*none, got 'dev'"):
         read_folder(folder, "dev")
     (folder / "test.txt").unlink()
     with pytest.raises(ValueError, match="test.txt: expected a file, got nothing"):

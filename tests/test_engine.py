@@ -260,7 +260,7 @@ def test_recommends_everybody_by_default():
     assert table["rank"].tolist() == [1, 2, 3, 4] * USERS
     assert (table["score"].dtype, table["matched"].dtype) == (np.float32, bool)
     assert pd.api.types.is_integer_dtype(table["rank"])
-    lists = Recommender(model, shop).recommend(range(USERS), 4)
+    lists = Recommender(model, shop.complete()).recommend(range(USERS), 4)
     assert table.item_id.tolist() == [shop.items.ids[item] for item in lists.ids.flatten()]
     assert table.title.tolist() == [shop.items.titles[item] for item in lists.ids.flatten()]
     assert table.score.tolist() == lists.scores.flatten().tolist()
@@ -282,7 +282,8 @@ def test_recommends_known_users_in_their_order_once_each():
 def test_a_new_user_is_served_like_a_known_one_with_that_id_and_history():
     model, shop = trained_model(), small_shop()
     names, rows = shop.items.ids, (4, 11, 28)
-    histories = {shop.user_ids[row]: [names[i] for i in shop.histories[row]] for row in rows}
+    chosen = shop.complete().histories
+    histories = {shop.user_ids[row]: [names[i] for i in chosen[row]] for row in rows}
     known = model.recommend(users=list(histories), k=8)
     pd.testing.assert_frame_equal(model.recommend(histories=histories, k=8), known)
     # By another id the noise differs, and with another history the items that are left out.
@@ -290,6 +291,27 @@ def test_a_new_user_is_served_like_a_known_one_with_that_id_and_history():
     assert stranger.user_id.unique().tolist() == ["new"]
     assert stranger.score.tolist() != known.score[:8].tolist()
     assert not set(stranger.item_id) & set(histories[shop.user_ids[4]])
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_the_held_out_item_is_read_and_left_out_in_serving_alone(filter_seen):
+    shop, model = small_shop(), copy.copy(random_model())
+    model.config = copy.deepcopy(model.config)
+    model.config.retrieval.filter_seen = filter_seen
+    targets = np.where(np.arange(USERS) % 5, shop.targets, -1)
+    model.dataset = dataclasses.replace(shop, targets=targets)
+    blind = Recommender(model, model.dataset).recommend(range(USERS), ITEMS)
+    served = {user: rows for user, rows in model.recommend(k=ITEMS).groupby("user_id")}
+    for row, (user, history) in enumerate(zip(shop.user_ids, shop.histories)):
+        ids, held_out = shop.items.ids, targets[row] >= 0
+        assert targets[row] not in history
+        scores = dict(zip(served[user].item_id, served[user].score))
+        before = {ids[i]: score for i, score in zip(blind.ids[row], blind.scores[row]) if i >= 0}
+        known = {ids[item] for item in (*history, targets[row]) if item >= 0}
+        assert set(scores) == set(ids) - (known if filter_seen else set())
+        assert not held_out or ids[targets[row]] in before
+        moved = max(abs(scores[item] - before[item]) for item in scores if item in before)
+        assert moved > 1e-3 if held_out else moved < 1e-4
 
 
 def test_short_lists_have_fewer_rows():

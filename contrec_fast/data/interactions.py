@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from contrec_fast.config import NAMES
 from contrec_fast.data.files import decode, read_bytes, require_free, shorten, write_whole
 
 
@@ -47,8 +48,9 @@ class Dataset:
     items: the catalog of N items.
     user_ids: U original ids, all different; the position is the internal user row.
     histories: U int64 arrays of item indices in 0..N-1, oldest first, each with at least one
-        entry: all that may be trained on and shown to the model. Repeats are legal.
-    targets: int64 [U], the held-out next item of each user, -1 where there is none.
+        entry: all that may be trained on. Repeats are legal.
+    targets: int64 [U], the held-out next item of each user, -1 where there is none. Neither
+        trained on nor shown to the model while lists are judged by it; serving shows it.
     Raises ValueError when these do not hold.
     """
 
@@ -99,6 +101,21 @@ class Dataset:
         targets = [history[-1] if more else -1 for history, more in pairs]
         return Dataset(self.items, self.user_ids, histories, np.array(targets, dtype=np.int64))
 
+    def complete(self) -> "Dataset":
+        """The same users and catalog with nothing held out: each target ends its history."""
+        pairs = zip(self.histories, self.targets.tolist(), strict=True)
+        histories = [
+            np.append(history, target) if target >= 0 else history for history, target in pairs
+        ]
+        return Dataset(self.items, self.user_ids, histories, np.full(len(histories), -1))
+
+    def hold_out(self, holdout: str) -> "Dataset":
+        """This dataset, whose targets are the last items, as `data.holdout` wants it."""
+        check_holdout(holdout)
+        if holdout == "test":
+            return self
+        return self.for_validation() if holdout == "validation" else self.complete()
+
 
 def read_folder(path, holdout: str = "test") -> Dataset:
     """Read a folder of `train.txt`, `test.txt`, optional `item_list.txt` and `user_list.txt`.
@@ -106,7 +123,8 @@ def read_folder(path, holdout: str = "test") -> Dataset:
     holdout="test": histories are the lines of train.txt, targets the last items of test.txt.
     holdout="validation": histories are the lines of train.txt without their last item, which is
     the target. A user with a single training item keeps it as history and has target -1, so that
-    rows mean the same users whatever the holdout.
+    rows mean the same users whatever the holdout. holdout="none": histories are the lines of
+    test.txt and all targets are -1.
 
     The catalog is every item that a file names (test.txt too, whatever the holdout), in ascending
     order of its number, which may have gaps; users are in ascending order of theirs. Without a
@@ -151,13 +169,13 @@ def read_folder(path, holdout: str = "test") -> Dataset:
     indices = [np.searchsorted(numbers, sequence) for sequence in sequences]
     histories = [sequence[:-1] for sequence in indices]
     targets = np.array([sequence[-1] for sequence in indices], dtype=np.int64)
-    dataset = Dataset(items, user_ids, histories, targets)
-    return dataset if holdout == "test" else dataset.for_validation()
+    return Dataset(items, user_ids, histories, targets).hold_out(holdout)
 
 
 def check_holdout(holdout: str) -> None:
-    if holdout not in ("test", "validation"):
-        raise ValueError(f"holdout: expected 'test' or 'validation', got {holdout!r}")
+    if holdout not in NAMES["holdout"]:
+        expected = ", ".join(NAMES["holdout"])
+        raise ValueError(f"holdout: expected one of {expected}, got {holdout!r}")
 
 
 def write_folder(dataset: Dataset, path) -> None:

@@ -14,8 +14,13 @@ from contrec_fast.data.interactions import Dataset, Items, check_holdout, read_f
 
 # The first of these that an items table has; some are what RecBole's data sets use.
 TITLES = ("title", "name", "movie_title")
-CATEGORIES = ("categories", "category", "class", "genre")
-PRINTED_LIST = re.compile(r"""\[?['"].*['"]]?""", re.DOTALL)  # as Python and JSON print one
+CATEGORIES = ("categories", "category", "class", "genre", "genres")
+# Lists of strings as Python and JSON print them, their brackets being optional.
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+PRINTED_LIST = re.compile(
+    rf"\s*(?:\[\s*]|\[?\s*(?:{QUOTED.pattern})(?:\s*,\s*(?:{QUOTED.pattern}))*\s*]?)\s*", re.DOTALL
+)
+PHRASES = re.compile(r"[>|,]| & ")  # in columns whose blanks are within names
 
 
 def read_data(
@@ -34,10 +39,13 @@ def read_data(
     - a RecBole `NAME.inter` file (tabs, `user_id:token item_id:token timestamp:float`) with
       `NAME.item` beside it, if there, or a folder with exactly one `.inter` file.
     Other columns are ignored. Titles may also be called name or movie_title, categories
-    categories, class or genre. Of several categories one is taken: the last, most specific of
-    "A > B", else the first of "A|B", of "A, B" (but a column called category has one, which may
-    contain a comma), of RecBole's `token_seq`, which separates by blanks, or of a list in
-    Parquet, whose entries are taken as they are.
+    categories, class, genre or genres. Of several categories one is taken: the last, most
+    specific of "A > B", else the first of "A|B", of "A, B" (but a column called category has one,
+    which may contain a comma), or of a list in Parquet or as Python and JSON print one, whose
+    entries are taken as they are. RecBole's `token_seq` is a title of several words, or several
+    categories whatever the column is called: separated by blanks, as RecBole has it ("Action
+    Comedy"), unless the column shows that its blanks are within names, by a ">", "|" or "," or by
+    a "&" between blanks in any row ("Hotels & Travel, Tours"; then "Active Life" is one).
 
     Ids are strings, taken exactly as they are, blanks included; integers in Parquet become
     decimal strings; an empty or missing id is refused. Timestamps are numbers or ISO 8601 dates
@@ -48,14 +56,15 @@ def read_data(
     and the catalog is what remains; each user's interactions are sorted by time, in the order of
     the file where times are equal or, with `config.shuffle_ties`, in an order drawn by `seed`
     that does not depend on other rows. The target is the last item; with `config.holdout`
-    "validation" that one is left out and the target is the one before. A user whose items do not
-    suffice has target -1, so that rows mean the same users whatever the holdout. Buying an item
-    again is legal and kept.
+    "validation" that one is left out and the target is the one before; with "none" histories are
+    whole and there are no targets. A user whose items do not suffice has target -1, so that rows
+    mean the same users whatever the holdout. Buying an item again is legal and kept.
 
     Users and items are in ascending order of their ids (code points); those of a train.txt folder
     keep its order. The catalog is every item that interactions or the items table name.
 
-    say: called with one line of counts. Raises ValueError, one line that begins with the file
+    say: called with one line of counts, which also tells of how many items one of several
+    categories was taken, with an example. Raises ValueError, one line that begins with the file
     (and the line, or the row of Parquet, if one is to blame), when anything else is found.
     """
     config, path = config or DataConfig(), Path(path)
@@ -70,10 +79,10 @@ def read_data(
                     f"which has its own item_list.txt and no times, got {value!r}"
                 )
         user_ids, catalog, users, items = _flatten(read_folder(path))
-        dropped = 0
+        notes = []
     else:
         path = _the_inter_file(path) if path.is_dir() else path
-        user_ids, catalog, users, items, dropped = _read_log(path, config, seed)
+        user_ids, catalog, users, items, notes = _read_log(path, config, seed)
     before = len(user_ids), len(catalog)
     if config.core:
         keep = _core(users, items, config.core)
@@ -89,13 +98,10 @@ def read_data(
         user_ids = [user_ids[user] for user in kept.tolist()]
     if say is not None:
         line = f"{len(user_ids):,} users, {len(catalog):,} items, {len(items):,} interactions"
-        if dropped:
-            line += f"; {dropped:,} duplicate rows dropped"
         if config.core:
-            line += f"; {config.core}-core of {before[0]:,} users and {before[1]:,} items"
-        say(line)
-    dataset = _leave_one_out(user_ids, catalog, users, items)
-    return dataset if config.holdout == "test" else dataset.for_validation()
+            notes.append(f"{config.core}-core of {before[0]:,} users and {before[1]:,} items")
+        say("; ".join([line, *notes]))
+    return _leave_one_out(user_ids, catalog, users, items).hold_out(config.holdout)
 
 
 def _flatten(dataset: Dataset) -> tuple[list[str], Items, np.ndarray, np.ndarray]:
@@ -107,7 +113,7 @@ def _flatten(dataset: Dataset) -> tuple[list[str], Items, np.ndarray, np.ndarray
 
 
 def _read_log(path: Path, config: DataConfig, seed: int):
-    """The same of a table, sorted by user and time; last, how many duplicates were dropped."""
+    """The same of a table, sorted by user and time; last, notes on what was left out."""
     table = read_table(path, ("user_id", "item_id", "timestamp"))
     user_ids, users = encode(id_column(table, "user_id"))
     item_ids, items = encode(id_column(table, "item_id"))
@@ -115,11 +121,12 @@ def _read_log(path: Path, config: DataConfig, seed: int):
     log = pd.DataFrame({"user": users, "item": items, "time": times})
     distinct = log[~log.duplicated()]
     dropped = len(log) - len(distinct)
+    notes = [f"{dropped:,} duplicate rows dropped"] if dropped else []
     log = _sort(distinct, user_ids, item_ids, seed if config.shuffle_ties else None)
     items_path = _items_path(path, config.items)
-    catalog, position = _catalog(item_ids, _read_items(items_path) if items_path else {})
+    catalog, position = _catalog(item_ids, _read_items(items_path, notes) if items_path else {})
     items = position[log["item"].to_numpy()]
-    return user_ids, catalog, log["user"].to_numpy(), items, dropped
+    return user_ids, catalog, log["user"].to_numpy(), items, notes
 
 
 def _catalog(chosen: list[str], listed: dict[str, tuple[str, str]]) -> tuple[Items, np.ndarray]:
@@ -189,8 +196,8 @@ def _items_path(path: Path, given: str) -> Path | None:
     return found[0] if found else None
 
 
-def _read_items(path: Path) -> dict[str, tuple[str, str]]:
-    """{item id: (title, category)}, each "" where unknown."""
+def _read_items(path: Path, notes: list[str]) -> dict[str, tuple[str, str]]:
+    """{item id: (title, category)}, each "" where unknown; a note of categories left out."""
     table = read_table(path, ("item_id",), (TITLES, CATEGORIES))
     ids = id_column(table, "item_id").to_pylist()
     rows: dict[str, int] = {}
@@ -204,20 +211,40 @@ def _read_items(path: Path) -> dict[str, tuple[str, str]]:
         if name in TITLES:
             titles = text_column(table, name)
         if name in CATEGORIES:
-            marks = ">|" if name == "category" else ">|,"
-            marks += " " * (table.kinds.get(name) == "token_seq")
-            categories = [_one(several, marks) for several in text_column(table, name, lists=True)]
+            values = text_column(table, name, lists=True)
+            categories = _first_categories(values, name, table.kinds.get(name), notes)
     return dict(zip(ids, zip(titles, categories, strict=True), strict=True))
 
 
-def _one(categories: str | list[str | None], marks: str) -> str:
-    """One of several categories, which the first of the marks that is there separates."""
-    if isinstance(categories, list):
-        return next(filter(None, categories), "")
-    mark = next((mark for mark in marks if mark in categories), None)
-    printed = PRINTED_LIST.fullmatch(categories)
-    if not mark and not printed:
-        return categories
-    parts = [part.strip(" '\"[]" if printed else " ") for part in categories.split(mark or "\0")]
-    parts = [part for part in parts if part]
-    return parts[-1 if mark == ">" else 0] if parts else ""
+def _first_categories(values: list, name: str, kind: str | None, notes: list[str]) -> list[str]:
+    """One category of each value of a column, which may name several."""
+    words = kind == "token_seq"
+    marks = ">|" if name == "category" and not words else ">|,"
+    if words and not any(map(PHRASES.search, values)):
+        marks += " "
+    parts = [_split(value, marks) for value in values]
+    several = [row for row, part in enumerate(parts) if len(part) > 1]
+    if several:
+        kept, value = parts[several[0]][0], values[several[0]]
+        notes.append(
+            f"{len(several):,} items with several categories in {name}, of which one is kept "
+            f"({shorten(kept)} of {shorten(str(value))})"
+        )
+    return [part[0] if part else "" for part in parts]
+
+
+def _split(value: str | list[str | None], marks: str) -> list[str]:
+    """The categories that a value names, none empty, the one to keep first.
+
+    In a text that is no printed list, the first of the marks that is there separates them.
+    """
+    if isinstance(value, list):
+        return [*filter(None, value)]
+    if PRINTED_LIST.fullmatch(value):
+        quoted = (text[1:-1].strip() for text in QUOTED.findall(value))
+        return [re.sub(r"\\(['\"\\])", r"\1", text) for text in quoted if text]
+    mark = next((mark for mark in marks if mark in value), None)
+    if mark is None:
+        return [value] if value else []
+    parts = [part for part in map(str.strip, value.split(mark)) if part]
+    return parts[::-1] if mark == ">" else parts

@@ -162,6 +162,11 @@ def recommend(
 ) -> pd.DataFrame:
     """Top-K lists of known users (all of them by default) or of new ones with a history.
 
+    Serving is not evaluation: a known user's held-out item is the last that the user chose, so it
+    ends the history that is read and is left out like the rest of it. (`Recommender` on the
+    model's dataset is what evaluation runs.) What `data.holdout=validation` leaves out is not
+    among the data; such a run is for choosing settings.
+
     Args:
         users: original ids of users that the model was trained with. histories: instead, the
         original item ids that each new user chose, oldest first. k: items per user.
@@ -192,8 +197,9 @@ def recommend(
     count = len(dataset.user_ids)
     if not count:
         raise ValueError("users: expected at least one, got none")
+    dataset = dataset.complete()
     recommender = Recommender(model, dataset)
-    advance = progress.stage("Users", math.ceil(count / BATCH)) if progress else None
+    advance = progress.stage("Users", math.ceil(count / BATCH), "batches") if progress else None
     lists = recommender.recommend(np.arange(count), k, advance=advance)
     row, rank = np.nonzero(lists.ids >= 0)
     items = lists.ids[row, rank]
