@@ -9,8 +9,8 @@ from sampler_cases import guided_network, naive_alpha_bars, solve
 
 from contrec_fast import ops
 from contrec_fast.models.schedules import METHODS, PREDICTIONS, SCHEDULES
+from contrec_fast.ops.hoisting import linear_law
 from contrec_fast.ops.noise import philox_normal
-from contrec_fast.ops.sampling import linear_law
 
 BACKENDS = ops.backends()["sample"]
 
@@ -271,34 +271,6 @@ def test_fresh_noise_has_the_law(draw):
     cumulative = torch.special.ndtr(whitened)
     distance = torch.maximum((rank[1:] - cumulative).max(), (cumulative - rank[:-1]).max())
     assert float(distance) * math.sqrt(count) < 2.2  # Kolmogorov-Smirnov, p = 1e-4
-
-
-# Identities 2 and 3: one hidden layer.
-
-
-@pytest.mark.parametrize("guidance", [0, 1, 2])
-def test_folded_guidance_and_pre_activation_state(guidance):
-    """(1+w) W2 g(a_c) - w W2 g(a_0) = W2 ((1+w) g(a_c) - w g(a_0)), with a = W1_x x carried."""
-    denoiser, dim, steps = make_denoiser("mlp", 6), 6, 15
-    plan = ops.plan_sampling(denoiser, timesteps=40, steps=steps, guidance=guidance)
-    condition = torch.randn(7, dim, dtype=torch.float64)
-    noise = torch.randn(steps, 7, dim, dtype=torch.float64)
-    w_x, w_h, w_t = denoiser.hidden.weight.detach().split(dim, dim=1)
-    second, bias = denoiser.output.weight.detach(), denoiser.output.bias.detach()
-    gelu = torch.nn.functional.gelu
-    x, a = noise[0], noise[0] @ w_x.T
-    for i, (c_x0, c_x, sigma) in enumerate(plan.coefficients[:, :3].tolist()):
-        shared = plan.times[i] @ w_t.T + denoiser.hidden.bias.detach()
-        user, null = condition @ w_h.T + shared, denoiser.null_condition.detach() @ w_h.T + shared
-        added = torch.zeros_like(x) if i + 1 == steps else sigma * noise[i + 1]
-        u = (1 + guidance) * gelu(x @ w_x.T + user) - guidance * gelu(x @ w_x.T + null)
-        x = c_x0 * (u @ second.T + bias) + c_x * x + added
-        v = (1 + guidance) * gelu(a + user) - guidance * gelu(a + null)
-        last = v @ second.T + bias
-        a = c_x0 * (v @ (w_x @ second).T + w_x @ bias) + c_x * a + added @ w_x.T
-    result = plan(condition, noise=noise)
-    assert relative_error(x, result) < 1e-11
-    assert relative_error(last, result) < 1e-11
 
 
 # Low precision.

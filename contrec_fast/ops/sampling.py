@@ -21,6 +21,7 @@ from contrec_fast.models.schedules import (
 from contrec_fast.ops.checks import check
 from contrec_fast.ops.denoise import describe, guided
 from contrec_fast.ops.dispatch import REFERENCE, implements, resolve
+from contrec_fast.ops.hoisting import linear_law
 from contrec_fast.ops.noise import MAX_STEPS, philox_normal
 
 # Matrix products of few rows take other code paths in CPU libraries and round differently;
@@ -266,50 +267,6 @@ class SamplingPlan(nn.Module):
         matrix, offset, factor = self._law
         z = step_noise(condition, seed, user_ids, samples, noise, 0)
         return condition @ matrix.T + offset + z @ factor.T
-
-
-def linear_law(
-    weight: Tensor,
-    bias: Tensor,
-    null: Tensor,
-    times: Tensor,
-    coefficients: Tensor,
-    guidance: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gaussian that a linear denoiser's whole guided chain amounts to.
-
-    With `f(x, h, t) = W_x x + W_h h + W_t t + b` every prediction x0_hat and every step is
-    affine in x, h and the noise, so `y = M h + m + L z`, z standard normal. The last step
-    returns its prediction, `x0_hat = A x + ...`, hence the covariance `A S A^T` with S the
-    covariance before it, and `L = A chol(S)`, which needs no factor of the possibly singular
-    product. Without ancestral noise, L is the matrix that x_T passes through. Computed in
-    float64.
-
-    Args:
-        weight: [D, 3D] on `[x, h, t]`. bias, null: [D]. times: [steps, D].
-        coefficients: [steps, 6]; ancestral noise or multistep, not both. guidance: w.
-
-    Returns:
-        M [D, D], m [D], L [D, D] in the dtype of `weight`.
-    """
-    dtype, dim = weight.dtype, len(bias)
-    w_x, w_h, w_t = weight.double().split(dim, dim=1)
-    constants = times.double() @ w_t.T + bias.double() - guidance * (w_h @ null.double())
-    eye = torch.eye(dim, dtype=torch.float64, device=weight.device)
-    # What depends on x_T, h and 1 in x, in f and in x0_hat: [D, 2D + 1] each.
-    x, x0 = torch.zeros(2, dim, 2 * dim + 1, dtype=torch.float64, device=weight.device)
-    x[:, :dim] = covariance = eye
-    for (c_x0, c_x, sigma, c_previous, p_x, p_f), constant in zip(coefficients.tolist(), constants):
-        f = torch.cat([torch.zeros_like(eye), (1 + guidance) * w_h, constant[:, None]], dim=1)
-        x0_of_x, before = p_x * eye + p_f * w_x, covariance
-        previous, x0 = x0, x0_of_x @ x + p_f * f
-        x = c_x0 * x0 + c_x * x + c_previous * previous
-        step = c_x0 * x0_of_x + c_x * eye
-        covariance = step @ covariance @ step.T + sigma**2 * eye
-    path, matrix, offset = x.split([dim, dim, 1], dim=1)
-    ancestral = bool((coefficients[:, 2] > 0).any())
-    factor = x0_of_x @ torch.linalg.cholesky(before) if ancestral else path
-    return tuple(tensor.to(dtype) for tensor in (matrix, offset[:, 0], factor))
 
 
 def _version(parameter: Tensor) -> tuple:
