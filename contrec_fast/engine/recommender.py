@@ -199,7 +199,7 @@ def recommend(
         raise ValueError("users: expected at least one, got none")
     dataset = dataset.complete()
     recommender = Recommender(model, dataset)
-    advance = progress.stage("Users", math.ceil(count / BATCH), "batches") if progress else None
+    advance = progress.stage("Users", math.ceil(count / BATCH)) if progress else None
     lists = recommender.recommend(np.arange(count), k, advance=advance)
     row, rank = np.nonzero(lists.ids >= 0)
     items = lists.ids[row, rank]

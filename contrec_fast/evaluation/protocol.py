@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from contrec_fast import names
 from contrec_fast.data import Dataset
 from contrec_fast.engine import Recommender
 from contrec_fast.evaluation.baselines import BASELINES, QUICK, fit_baselines
@@ -20,7 +19,7 @@ from contrec_fast.evaluation.statistics import paired_bootstrap
 
 CUTOFF = 20
 BATCH = 128
-CHOICES = dict(zip(names.BASELINES, (tuple(BASELINES), QUICK, ()), strict=True))
+CHOICES = {"all": tuple(BASELINES), "quick": QUICK, "none": ()}
 
 
 def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] = "all") -> dict:
@@ -45,8 +44,7 @@ def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] 
     filter_seen = recommender.model.config.retrieval.filter_seen
     if isinstance(baselines, str):
         if baselines not in CHOICES:
-            expected = ", ".join(CHOICES)
-            raise ValueError(f"baselines: expected one of {expected}, got {baselines!r}")
+            raise ValueError(f"baselines: expected all, quick or none, got {baselines!r}")
         baselines = CHOICES[baselines]
     rows = np.flatnonzero(dataset.targets >= 0)
     if not len(rows):
@@ -55,7 +53,7 @@ def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] 
             "data.holdout=test or validation"
         )
     fitted = fit_baselines(dataset, baselines, progress, filter_seen)
-    advance = progress.stage("Evaluation", math.ceil(len(rows) / BATCH), "batches")
+    advance = progress.stage("Evaluation", math.ceil(len(rows) / BATCH))
     k = min(CUTOFF, len(dataset.items))
     found = recommender.recommend(rows, k, BATCH, advance)
     if not np.isfinite(found.scores[found.ids >= 0]).all():
@@ -116,26 +114,3 @@ def compare(
             **dict(zip(("difference", "low", "high"), interval)),
         }
     return {**result, "targets": target_counts(dataset), "filter_seen": filter_seen}
-
-
-def keep_baselines(metrics: dict, before) -> dict:
-    """`compare`'s result with the baselines that an earlier one has and this one has not.
-
-    They are of the same model and data only if the earlier metrics of the model, the targets and
-    the setting are the same; otherwise nothing of the earlier result is kept.
-    """
-    same = ("model", "targets", "filter_seen")
-    if not isinstance(before, dict) or "against" not in before or any(before.get(key) != metrics[key] for key in same):
-        return metrics
-    merged = {**metrics, "against": dict(before["against"])}
-    for key in ("baselines", "standard_errors", "coverage", "diversity"):
-        if key in metrics or key in before:
-            merged[key] = {**before.get(key, {}), **metrics.get(key, {})}
-    known = merged["baselines"]
-    merged["baselines"] = {name: known[name] for name in BASELINES if name in known}
-    # An interval is that to the best one, which is the best of either result.
-    for metric, against in metrics["against"].items():
-        other = before["against"].get(metric, against)["baseline"]
-        if known[against["baseline"]][metric] >= known[other][metric]:
-            merged["against"][metric] = against
-    return merged
