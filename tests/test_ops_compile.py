@@ -167,7 +167,8 @@ def test_operator_of_topk():
     queries, catalog = torch.randn(3, 8), ops.Catalog(torch.randn(50, 8), torch.arange(50) % 3)
     seen = ops.SeenLists.from_lists([[1, 2], [3]])
     given = (
-        queries, catalog.vectors, catalog.norms, catalog.scan, catalog.groups, catalog.eligible, 5,
+        queries, catalog.vectors, catalog.norms, catalog.scan, catalog.errors, catalog.groups,
+        catalog.eligible, 5,
     )  # fmt: skip
     full = (torch.rand(3, 3) < 0.5, 0.1, seen.offsets, seen.ids, torch.tensor([0, -1, 1]))
     for rest in (full, (None, 0.0, None, None, None)):

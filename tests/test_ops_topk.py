@@ -1,4 +1,4 @@
-"""`cosine_topk`, `Catalog` and `SeenLists` against the documented score, written in numpy."""
+"""`cosine_topk` against the documented score, written in numpy."""
 
 import sys
 
@@ -164,12 +164,12 @@ def test_near_ties_are_resolved_by_taking_more_candidates(size, dtype, rescored)
     vectors = torch.randn(1, 64, dtype=torch.float64) + queries.sum(0)
     vectors = vectors + size * torch.randn(900, 64, dtype=torch.float64)
     compare(queries.to(dtype), vectors.to(dtype), 10, backend="reference")
-    assert max(rescored) > 10 + 32
+    assert max(rescored) > 10 + 5 + 32
 
 
 def test_well_separated_items_need_no_second_look(rescored):
     compare(torch.randn(4, 64), torch.randn(900, 64), 10, backend="reference")
-    assert set(rescored) == {10 + 32}
+    assert set(rescored) == {10 + 5 + 32}
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
@@ -283,81 +283,11 @@ def test_any_small_case(data, backend):
     )
 
 
-# Objects and errors.
-
-
-def test_catalog_attributes():
-    vectors = torch.randn(6, 3).bfloat16()
-    catalog = ops.Catalog(vectors, torch.tensor([2, -1, 0, 2, 5, -1], dtype=torch.int32))
-    assert len(catalog) == 6 and catalog.num_groups == 6
-    assert catalog.norms.dtype == torch.float64 and catalog.groups.dtype == torch.int64
-    torch.testing.assert_close(catalog.norms, vectors.double().norm(dim=1), rtol=1e-14, atol=0)
-    unit = vectors.double() / catalog.norms[:, None]
-    torch.testing.assert_close(catalog.scan.double(), unit, rtol=2.0**-23, atol=0)
-    assert catalog.eligible.all() and ops.Catalog(vectors).num_groups == 0
-    assert not ops.Catalog(torch.randn(2, 2, requires_grad=True)).vectors.requires_grad
-
-
-def test_seen_lists():
-    seen = ops.SeenLists.from_lists(row for row in ([3, 1, 3], (), torch.tensor([0])))
-    assert len(seen) == 3 and seen.bound == 4
-    assert seen.offsets.tolist() == [0, 3, 3, 4] and seen.ids.tolist() == [1, 3, 3, 0]
-    empty = ops.SeenLists.from_lists([])
-    assert len(empty) == 0 and empty.bound == 0
-    same = ops.SeenLists(seen.offsets.int(), seen.ids.int())
-    assert same.offsets.dtype == same.ids.dtype == torch.int64
-
-
-V = torch.ones(4, 2)
-NAN, INF = float("nan"), float("inf")
-BAD_CATALOGS = [
-    (TypeError, "vectors", {"vectors": [[1.0, 2.0]]}),
-    (TypeError, "vectors", {"vectors": torch.ones(4, 2, dtype=torch.int64)}),
-    (ValueError, "vectors", {"vectors": torch.ones(4)}),
-    (ValueError, "vectors", {"vectors": torch.ones(0, 2)}),
-    (ValueError, "vectors", {"vectors": torch.ones(4, 0)}),
-    (ValueError, "vectors", {"vectors": torch.tensor([[1.0, 2.0], [0.0, 0.0]])}),
-    (ValueError, "vectors", {"vectors": torch.tensor([[1.0, NAN], [0.0, 1.0]])}),
-    (ValueError, "vectors", {"vectors": torch.tensor([[1.0, -INF], [0.0, 1.0]])}),
-    (TypeError, "groups", {"groups": torch.zeros(4)}),
-    (ValueError, "groups", {"groups": torch.zeros(3, dtype=torch.int64)}),
-    (ValueError, "groups", {"groups": torch.tensor([0, 1, -2, 0])}),
-    (ValueError, "groups", {"groups": torch.zeros(4, dtype=torch.int64, device="meta")}),
-    (TypeError, "eligible", {"eligible": torch.ones(4)}),
-    (ValueError, "eligible", {"eligible": torch.ones(5, dtype=torch.bool)}),
-]
-
-
-@pytest.mark.parametrize("error, name, arguments", BAD_CATALOGS)
-def test_bad_catalogs(error, name, arguments):
-    with refused(error, name):
-        ops.Catalog(**({"vectors": V} | arguments))
-
-
-BAD_SEEN_LISTS = [
-    (TypeError, "offsets", [0.0, 1.0], [0]),
-    (ValueError, "offsets", [], []),
-    (ValueError, "offsets", [0], [1]),
-    (ValueError, "offsets", [1, 2], [0, 0]),
-    (ValueError, "offsets", [0, 1], [0, 0]),
-    (ValueError, "offsets", [0, 2, 1, 3], [0, 1, 2]),
-    (ValueError, "offsets", [[0, 1]], [0]),
-    (TypeError, "ids", [0, 1], [0.5]),
-    (ValueError, "ids", [0, 2], [1, 0]),
-    (ValueError, "ids", [0, 0, 1, 4], [9, 1, 2, 1]),
-    (ValueError, "ids", [0, 1], [-1]),
-    (ValueError, "ids", [0, 1], [[0]]),
-]
-
-
-@pytest.mark.parametrize("error, name, offsets, ids", BAD_SEEN_LISTS)
-def test_bad_seen_lists(error, name, offsets, ids):
-    offsets, ids = (torch.tensor(x, dtype=None if x else torch.int64) for x in (offsets, ids))
-    with refused(error, name):
-        ops.SeenLists(offsets, ids)
+# Errors.
 
 
 Q = torch.ones(3, 2)
+V, NAN, INF = torch.ones(4, 2), float("nan"), float("inf")
 CATALOG = ops.Catalog(V, torch.tensor([0, 1, 2, -1]))
 SEEN, ROWS = ops.SeenLists.from_lists([[0], [3]]), torch.tensor([0, 1, -1])
 BAD_CALLS = [
@@ -372,6 +302,7 @@ BAD_CALLS = [
     (ValueError, "pi", {"pi": -0.1}),
     (ValueError, "pi", {"pi": NAN}),
     (ValueError, "pi", {"pi": INF}),
+    (ValueError, "pi", {"pi": 2e30}),
     (TypeError, "matched", {"matched": torch.ones(3, 3)}),
     (ValueError, "matched", {"matched": torch.ones(3, 2, dtype=torch.bool)}),
     (ValueError, "matched", {"matched": torch.ones(2, 3, dtype=torch.bool)}),

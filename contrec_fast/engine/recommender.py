@@ -105,7 +105,7 @@ class Recommender:
         if draws > 1:
             shape = (draws, len(rows), k)
             scores, ids = best_of_draws(scores.reshape(shape), ids.reshape(shape))
-        group = self.catalog.groups[ids.clamp(min=0)]
+        group = self.catalog.groups[ids.clamp(min=0)].long()
         named = matched.gather(1, group.clamp(min=0)) & (group >= 0) & (ids >= 0)
         return ids.cpu().numpy(), scores.cpu().numpy(), named.cpu().numpy(), texts
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from contrec_fast.ops.checks import FLOATS, INTEGERS, check
 
+FITTING = (2.0**-400, 2.0**400)  # norms whose squares and products are exact enough in float64
+FILL_ELEMENTS = 1 << 22  # vector elements worked on at once
+
 
 def fixed_order_sum(terms: Tensor) -> Tensor:
     """Sum over the last dimension in an order that every backend can follow.
@@ -28,18 +31,46 @@ def norms_of(vectors: Tensor) -> Tensor:
     return fixed_order_sum(vectors.double().square()).sqrt()
 
 
-class Catalog:
-    """Items that can be retrieved.
+def scan_of(vectors: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors scaled to norm 1 in low precision, and how far off they are.
 
     Args:
-        vectors: [N, D] item vectors of any positive, finite norm.
+        vectors: [N, D]. norms: [N] float64, of `norms_of`.
+
+    Returns:
+        scan [N, D] bfloat16; errors [N] float32, upper bounds of `||vector / norm - scan row||`.
+        Where squares or products of float64 vectors could leave float64's range, the scan row is
+        zero and the error infinite: such a row is always scored exactly.
+    """
+    usable = ((norms > FITTING[0]) & (norms < FITTING[1]))[:, None]
+    unit = (vectors.double() / norms[:, None]).masked_fill(~usable, 0.0)
+    scan = unit.bfloat16()
+    errors = (unit - scan.double()).square().sum(1).sqrt()
+    # The margins: rounding of this very line, of the norm and the quotient, bfloat16 denormals.
+    errors = (errors * (1 + 2.0**-20) + 2.0**-40).float()
+    return scan, errors.masked_fill(~usable[:, 0], torch.inf)
+
+
+class Catalog:
+    """Items that can be retrieved. An item's id is its row, and stays what it is.
+
+    Items come and go without a rebuild: `add` fills spare rows (and doubles the capacity C where
+    there are none left), `remove` leaves a row that is never returned again.
+
+    Args:
+        vectors: [N, D] item vectors of any positive, finite norm. Copied only where they are not
+            contiguous or capacity beyond N is asked for, so they may be a memory-mapped file;
+            what is derived from them here goes stale when they are changed.
         groups: [N] integer group of each item (an opaque category id); -1 never matches.
         eligible: [N] bool, which items may be returned (in stock); all if not given.
+        capacity: rows to hold from the start, N if not given.
+        scan: [capacity, D] bfloat16 memory to write the scan copy to, for instance a
+            memory-mapped file; made here if not given.
 
     Attributes:
-        vectors: [N, D] as given. norms: [N] float64. scan: [N, D] float32, `vectors` scaled
-        to norm 1, for finding candidates. groups: [N] int64. eligible: [N] bool.
-        num_groups: 1 + the largest group id.
+        vectors: [C, D] as given. norms: [C] float64. scan: [C, D] bfloat16 and errors: [C]
+        float32, see `scan_of`, for finding candidates. groups: [C] int32. eligible: [C] bool,
+        false in spare and removed rows. num_groups: 1 + the largest group id so far.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device, an empty catalog, or a row that is
@@ -47,11 +78,71 @@ class Catalog:
     """
 
     def __init__(
-        self, vectors: Tensor, groups: Tensor | None = None, eligible: Tensor | None = None
+        self,
+        vectors: Tensor,
+        groups: Tensor | None = None,
+        eligible: Tensor | None = None,
+        capacity: int | None = None,
+        scan: Tensor | None = None,
     ):
         check("vectors", vectors, ("N", "D"), FLOATS)
         if 0 in vectors.shape:
             raise ValueError(f"vectors: expected at least one item, got {list(vectors.shape)}")
+        count, dim = vectors.shape
+        capacity = count if capacity is None else capacity
+        if not isinstance(capacity, int) or capacity < count:
+            raise ValueError(f"capacity: expected {count} rows or more, got {capacity}")
+        if scan is not None:
+            check("scan", scan, (capacity, dim), (torch.bfloat16,), like=vectors)
+        vectors = vectors.detach().contiguous()
+        groups, eligible = self._checked(vectors, groups, eligible)
+        self._count, self.num_groups = 0, 0
+        self.vectors = vectors if capacity == count else vectors.new_empty((0, dim))
+        self.norms = vectors.new_empty(0, dtype=torch.float64)
+        self.scan = vectors.new_empty((0, dim), dtype=torch.bfloat16) if scan is None else scan
+        self.errors = vectors.new_empty(0, dtype=torch.float32)
+        self.groups = vectors.new_empty(0, dtype=torch.int32)
+        self.eligible = vectors.new_empty(0, dtype=torch.bool)
+        self.removed = vectors.new_empty(0, dtype=torch.bool)
+        self._grow(capacity)
+        self._fill(vectors, groups, eligible)
+
+    def __len__(self) -> int:
+        """Number of ids given out: ids run from 0 to len - 1, removed items included."""
+        return self._count
+
+    def add(
+        self, vectors: Tensor, groups: Tensor | None = None, eligible: Tensor | None = None
+    ) -> Tensor:
+        """New items, as in the constructor.
+
+        Returns:
+            [M] int64 their ids.
+        """
+        check("vectors", vectors, ("M", self.vectors.shape[1]), (self.vectors.dtype,), self.vectors)
+        vectors = vectors.detach()
+        groups, eligible = self._checked(vectors, groups, eligible)
+        first, needed = self._count, self._count + len(vectors)
+        if needed > len(self.vectors):
+            self._grow(max(needed, 2 * len(self.vectors)))
+        self._fill(vectors, groups, eligible)
+        return torch.arange(first, needed, device=vectors.device)
+
+    def remove(self, ids: Tensor) -> None:
+        """Items that are never returned again. Their ids are not given to others."""
+        self._check_ids(ids)
+        self.eligible[ids.long()] = False
+        self.removed[ids.long()] = True
+
+    def set_eligible(self, ids: Tensor, eligible: Tensor | bool) -> None:
+        """Whether items may be returned: one bool, or [M] bool for ids [M]."""
+        self._check_ids(ids)
+        if not isinstance(eligible, bool):
+            check("eligible", eligible, (len(ids),), (torch.bool,), like=ids)
+        self.eligible[ids.long()] = eligible
+
+    def _checked(self, vectors: Tensor, groups: Tensor | None, eligible: Tensor | None):
+        """Groups and eligibility of new items, with their defaults."""
         count = len(vectors)
         if groups is None:
             groups = torch.full((count,), -1, device=vectors.device)
@@ -59,21 +150,54 @@ class Catalog:
             eligible = torch.ones(count, dtype=torch.bool, device=vectors.device)
         check("groups", groups, (count,), INTEGERS, like=vectors)
         check("eligible", eligible, (count,), (torch.bool,), like=vectors)
-        self.vectors = vectors.detach()
-        self.norms = norms_of(self.vectors)
-        wrong = ~((self.norms > 0) & self.norms.isfinite())
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            norm = float(self.norms[row])
-            raise ValueError(f"vectors: expected positive finite norms, got {norm} in row {row}")
-        if groups.min() < -1:
-            raise ValueError(f"groups: expected ids from -1 up, got {int(groups.min())}")
-        self.scan = (self.vectors / self.norms[:, None]).float()
-        self.groups, self.eligible = groups.long(), eligible
-        self.num_groups = int(self.groups.max()) + 1
+        if count and (groups.min() < -1 or groups.max() >= 2**31 - 1):
+            low, high = int(groups.min()), int(groups.max())
+            raise ValueError(f"groups: expected ids from -1 to 2**31 - 2, got {low} to {high}")
+        return groups, eligible
 
-    def __len__(self) -> int:
-        return len(self.vectors)
+    def _check_ids(self, ids: Tensor) -> None:
+        check("ids", ids, ("M",), INTEGERS, like=self.vectors)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self._count):
+            low, high = int(ids.min()), int(ids.max())
+            raise ValueError(f"ids: expected 0 to {self._count - 1}, got {low} to {high}")
+        removed = ids[self.removed[ids.long()]]
+        if len(removed):
+            raise ValueError(f"ids: expected items of the catalog, got {int(removed[0])}, removed")
+
+    def _grow(self, capacity: int) -> None:
+        """Give every row tensor that is shorter this many rows; new ones are never returned."""
+        empty = {"norms": 1.0, "groups": -1}
+        for name in ("vectors", "norms", "scan", "errors", "groups", "eligible", "removed"):
+            old = getattr(self, name)
+            if len(old) < capacity:
+                new = old.new_full((capacity, *old.shape[1:]), empty.get(name, 0))
+                new[: len(old)] = old
+                setattr(self, name, new)
+
+    def _fill(self, vectors: Tensor, groups: Tensor, eligible: Tensor) -> None:
+        """Write items to the next rows; they count once all of them are right."""
+        first, stop = self._count, self._count + len(vectors)
+        rows = max(1, FILL_ELEMENTS // vectors.shape[1])
+        for start in range(0, len(vectors), rows):
+            part = vectors[start : start + rows]
+            norms = norms_of(part)
+            wrong = ~((norms > 0) & norms.isfinite())
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                raise ValueError(
+                    "vectors: expected positive finite norms, "
+                    f"got {float(norms[row])} in row {start + row}"
+                )
+            into = slice(first + start, first + start + len(part))
+            self.norms[into] = norms
+            self.scan[into], self.errors[into] = scan_of(part, norms)
+        if self.vectors[first:stop].data_ptr() != vectors.data_ptr():  # not the given ones
+            self.vectors[first:stop] = vectors
+        self.groups[first:stop] = groups
+        if len(groups):
+            self.num_groups = max(self.num_groups, int(groups.max()) + 1)
+        self.eligible[first:stop] = eligible
+        self._count = stop
 
 
 class SeenLists:

@@ -2,22 +2,22 @@
 
 The specification of a score, in float64: products summed in a fixed order, divided by the two
 norms, times `1 + pi` where the item's group matches; rounded once to float32. Lists are ordered
-by (score descending, item id ascending). Candidates come from a float32 scan whose error is
-bounded; a list is taken only when no item outside the candidates can belong to it. So the
-result is the same bits whatever the batch, the scan or its chunks.
+by (score descending, item id ascending). Candidates come from a low-precision scan that bounds
+every score from above; a list is taken only when its last score exceeds the bound of every item
+that is not a candidate. So the result is the same bits whatever the batch, the scan or its chunks.
 """
 
 import torch
 from torch import Tensor
 
-from contrec_fast.ops.catalog import Catalog, SeenLists, fixed_order_sum, norms_of
+from contrec_fast.ops.catalog import Catalog, SeenLists, fixed_order_sum, norms_of, scan_of
 from contrec_fast.ops.checks import FLOATS, INTEGERS, check
 from contrec_fast.ops.dispatch import implements, resolve
 
-SPARE_CANDIDATES = 32  # rescored beyond k, so that a certificate seldom fails
-SCAN_ELEMENTS = 1 << 24  # scores held at once
+LARGEST_BONUS = 1e30  # so that scores and their bounds fit float32
+SCAN_ELEMENTS = 1 << 26  # scores held at once
+CONVERT_ELEMENTS = 1 << 24  # elements of the scan copy held as float32 at once
 RESCORE_ELEMENTS = 1 << 22  # float64 products held at once
-COARSE_ROUNDING = {"tf32": 2.0**-10, "bf16": 2.0**-8}  # relative, of "float32" products' inputs
 
 
 @implements("cosine_topk")
@@ -26,6 +26,7 @@ def _cosine_topk(
     vectors: Tensor,
     norms: Tensor,
     scan: Tensor,
+    errors: Tensor,
     groups: Tensor,
     eligible: Tensor,
     k: int,
@@ -39,13 +40,11 @@ def _cosine_topk(
     scores = queries.new_empty((len(queries), k), dtype=torch.float32)
     ids = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
     query_norms = norms_of(queries)
-    unit = (queries / query_norms.clamp(min=torch.finfo(torch.float64).tiny)[:, None]).float()
-    # |float32 dot - exact| for unit vectors in any order of summation, both roundings to
-    # float32 of the inputs, the product with 1 + pi, and one unit in the last place of a score;
-    # then both roundings of the inputs to TF32 or bfloat16 where PyTorch has leave to do so.
-    library = torch.backends.cuda if queries.is_cuda else torch.backends.mkldnn
-    rounding = COARSE_ROUNDING.get(library.matmul.fp32_precision, 0.0)
-    error = (1 + pi) * ((dim + 16) * 2.0**-24 + 2 * rounding)
+    query_scan, query_errors = scan_of(queries, query_norms)
+    # Rows are close to unit vectors. Beside their errors: float32 sums in any order (products of
+    # bfloat16 numbers are exact), then additions, the product and its rounding, all of at most
+    # about 1.
+    query_errors += (dim + 64) * 2.0**-23
     bonus = None
     if matched is not None and pi > 0:
         # A last column that never matches serves the items of group -1.
@@ -53,11 +52,18 @@ def _cosine_topk(
 
     def search(rows: Tensor, candidates: int):
         """Fill in the lists of some queries from this many candidates each."""
-        with torch.autocast(queries.device.type, enabled=False):  # `error` is of float32 products
-            approximate = unit[rows] @ scan.T
+        bounds = torch.empty((len(rows), count), device=queries.device)
+        width = max(1, CONVERT_ELEMENTS // dim)
+        asked = query_scan[rows].float()
+        with torch.autocast(queries.device.type, enabled=False):
+            for part, into in zip(scan.split(width), bounds.split(width, dim=1)):
+                into.copy_(asked @ part.float().T)
+        # |scan row| is at most 1 + 2^-8.
+        bounds += errors + (1 + 2.0**-8) * query_errors[rows, None]
         if bonus is not None:
-            approximate *= bonus.float()[rows][:, groups]
-        approximate.masked_fill_(~eligible, -torch.inf)
+            bounds *= bonus.float()[rows][:, groups.long()]
+        bounds.masked_fill_(~eligible, -torch.inf)
+        bounds.masked_fill_(~query_norms[rows, None].isfinite(), -torch.inf)
         if seen_rows is not None:
             user = seen_rows[rows]
             start = seen_offsets[user.clamp(min=0)]
@@ -65,8 +71,8 @@ def _cosine_topk(
             local = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
             within = torch.arange(len(local), device=rows.device)
             first = torch.repeat_interleave(start - (length.cumsum(0) - length), length)
-            approximate[local, seen_ids[first + within]] = -torch.inf
-        best, found = approximate.topk(candidates, dim=1)
+            bounds[local, seen_ids[first + within]] = -torch.inf
+        best, found = bounds.topk(candidates, dim=1)
         usable = best > -torch.inf
         found = found.masked_fill(~usable, count).sort(dim=1).values
         usable, found = found < count, found.clamp(max=count - 1)
@@ -78,13 +84,13 @@ def _cosine_topk(
         scale = query_norms[rows][:, None] * norms[found]
         exact = torch.cat(dots, dim=1) / scale.masked_fill(scale == 0, 1.0)
         if bonus is not None:
-            exact = exact * bonus[rows].gather(1, groups[found] % bonus.shape[1])
+            exact = exact * bonus[rows].gather(1, groups[found].long() % bonus.shape[1])
         exact = exact.float().masked_fill(~usable, -torch.inf)
         order = exact.sort(dim=1, descending=True, stable=True).indices[:, :k]
         scores[rows] = exact.gather(1, order)
         ids[rows] = found.gather(1, order).masked_fill(~usable.gather(1, order), -1)
-        # Whatever was left out scores at most best[-1] + error.
-        certain = (best[:, -1] + 2 * error < best[:, k - 1]) | ~usable[:, -1]
+        # The certificate: whatever was left out scores at most best[:, -1].
+        certain = (best[:, -1] < scores[rows, -1]) | ~usable[:, -1]
         if candidates < count and not certain.all():
             in_chunks(rows[~certain], min(count, 8 * candidates))
 
@@ -93,7 +99,9 @@ def _cosine_topk(
         for part in rows.split(max(1, chunk)):
             search(part, candidates)
 
-    in_chunks(torch.arange(len(queries), device=queries.device), min(count, k + SPARE_CANDIDATES))
+    # Beyond k, so that a certificate seldom fails.
+    candidates = min(count, k + k // 2 + 32)
+    in_chunks(torch.arange(len(queries), device=queries.device), candidates)
     return scores, ids
 
 
@@ -103,6 +111,7 @@ def _registered(
     vectors: Tensor,
     norms: Tensor,
     scan: Tensor,
+    errors: Tensor,
     groups: Tensor,
     eligible: Tensor,
     k: int,
@@ -114,14 +123,14 @@ def _registered(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     arguments = (
-        queries, vectors, norms, scan, groups, eligible, k, matched, pi,
+        queries, vectors, norms, scan, errors, groups, eligible, k, matched, pi,
         seen_offsets, seen_ids, seen_rows,
     )  # fmt: skip
     return resolve("cosine_topk", backend, *arguments)(*arguments)
 
 
 @_registered.register_fake
-def _(queries, vectors, norms, scan, groups, eligible, k, *rest):
+def _(queries, vectors, norms, scan, errors, groups, eligible, k, *rest):
     scores = queries.new_empty((len(queries), k), dtype=torch.float32)
     return scores, queries.new_empty((len(queries), k), dtype=torch.int64)
 
@@ -141,11 +150,12 @@ def cosine_topk(
     Exact, and bitwise independent of the batch. Ties go to the lower item id.
 
     Args:
-        queries: [B, D]; a zero query scores 0 with every item.
-        catalog: the N items. k: 1 to N.
+        queries: [B, D]; a zero query scores 0 with every item, and one whose norm is not finite
+            has an empty list.
+        catalog: the N items. k: 1 to N, the ids given out.
         matched: [B, G] bool, whether the query's text names group g; G is at least the
             catalog's `num_groups`.
-        pi: weight of the bonus, 0 or more.
+        pi: weight of the bonus, 0 to 1e30.
         seen: lists of items to leave out. seen_rows: [B] int64 row of `seen` for each query,
             -1 for none. Given together. A row beyond the lists raises IndexError on the CPU
             and is not checked on a GPU.
@@ -162,8 +172,8 @@ def cosine_topk(
     check("queries", queries, ("B", catalog.vectors.shape[1]), FLOATS, like=catalog.vectors)
     if not isinstance(k, int) or not 1 <= k <= len(catalog):
         raise ValueError(f"k: expected 1 to the catalog's {len(catalog)} items, got {k}")
-    if not 0 <= pi < float("inf"):
-        raise ValueError(f"pi: expected 0 or more, got {pi}")
+    if not 0 <= pi <= LARGEST_BONUS:
+        raise ValueError(f"pi: expected 0 to {LARGEST_BONUS:g}, got {pi}")
     if matched is not None:
         check("matched", matched, (len(queries), "G"), (torch.bool,), like=queries)
         if matched.shape[1] < catalog.num_groups:
@@ -180,8 +190,8 @@ def cosine_topk(
         if seen.bound > len(catalog):
             raise ValueError(f"seen: expected ids below {len(catalog)}, got {seen.bound - 1}")
     arguments = (
-        queries.detach(), catalog.vectors, catalog.norms, catalog.scan, catalog.groups,
-        catalog.eligible, k, matched, float(pi),
+        queries.detach(), catalog.vectors, catalog.norms, catalog.scan, catalog.errors,
+        catalog.groups, catalog.eligible, k, matched, float(pi),
         None if seen is None else seen.offsets, None if seen is None else seen.ids, seen_rows,
     )  # fmt: skip
     if torch.compiler.is_compiling():
