@@ -1,0 +1,361 @@
+"""Released checkpoints in our modules, against the released arithmetic restated step by step."""
+
+import math
+import os
+
+import pytest
+import torch
+from ops_cases import refused, relative_error
+from safetensors.torch import save_file
+
+from contrec_fast.compat import load_released, load_released_tokenizer
+from contrec_fast.models import LinearDenoiser, MLPDenoiser
+
+FLOAT = torch.float64
+BAD = "item_encoder.encoders.0.5.running_var"
+
+
+def layers(sizes, dtype=FLOAT):
+    """Random weights and biases: {layer: shape of its weight} to a state dict."""
+    state = {}
+    for name, shape in sizes.items():
+        state[f"{name}.weight"] = torch.randn(shape, dtype=dtype) * 0.7 * shape[-1] ** -0.5
+        state[f"{name}.bias"] = torch.randn(shape[0], dtype=dtype)
+    return state
+
+
+def diffusion_state(dim=6, positions=3, two_layers=False, dtype=FLOAT):
+    """A state dict of the released `Tenc`, what it never uses included."""
+    sizes = {"step_mlp.1": (2 * dim, dim), "step_mlp.3": (dim, 2 * dim)}
+    sizes |= {"emb_mlp.1": (2 * dim, dim)}
+    sizes |= {"diff_mlp.0": (2 * dim, 3 * dim), "diff_mlp.2": (dim, 2 * dim)}
+    sizes |= {"diffuser.0": ((2 if two_layers else 1) * dim, 3 * dim)}
+    sizes |= {"diffuser.2": (dim, 2 * dim)} if two_layers else {}
+    sizes |= {f"ln_{i}": (dim,) for i in (1, 2, 3)} | {"feed_forward.layer_norm": (dim,)}
+    sizes |= {f"mh_attn.linear_{name}": (dim, dim) for name in "qkv"}
+    sizes |= {f"feed_forward.w_{i}": (dim, dim, 1) for i in (1, 2)}
+    state = layers(sizes, dtype) | {"none_embedding.weight": torch.randn(1, dim, dtype=dtype)}
+    return state | {"positional_embeddings.weight": torch.randn(positions, dim, dtype=dtype)}
+
+
+def tokenizer_state(dim=6, hidden=5, ways=2, position=True, dtype=FLOAT):
+    state = {"pos.weight": torch.randn(1, dim, dtype=dtype)} if position else {}
+    stacks = {f"encoders.{k}": (dim, 128, 256, hidden) for k in range(ways)}
+    for stack, widths in (stacks | {"decoder": (hidden, 256, 128, dim)}).items():
+        for place, index in enumerate((0, 4, 8)):
+            size = (widths[place + 1], widths[place])
+            state |= layers({f"{stack}.{index}": size}, dtype)
+            if index < 8:
+                norm = f"{stack}.{index + 1}"
+                state |= layers({norm: size[:1]}, dtype)
+                state[f"{norm}.running_mean"] = torch.randn(size[0], dtype=dtype)
+                state[f"{norm}.running_var"] = torch.rand(size[0], dtype=dtype) + 0.1
+                state[f"{norm}.num_batches_tracked"] = torch.tensor(7)
+    return state
+
+
+def lightning(dim=6, dtype=FLOAT, **hyper_parameters):
+    """A Lightning checkpoint, with a piece of a language model."""
+    parts = {"diffusion_net": diffusion_state(dim, two_layers=True, dtype=dtype)}
+    parts |= {"item_encoder": tokenizer_state(dim, 5, 2, dtype=dtype)}
+    parts |= {"user_encoder": tokenizer_state(dim, 5, 3, dtype=dtype)}
+    sizes = {"dim_block.2": (dim, 5), "length_block.0.layers.2": (7, 7), "length_block.3": (3, 7)}
+    parts |= {"output_decoder": layers(sizes, dtype)}
+    parts |= {"model": {"base_model.lm_head.weight": torch.randint(9, (4, 1)).byte()}}
+    state = {f"{part}.{name}": t for part, own in parts.items() for name, t in own.items()}
+    return {"epoch": 3, "state_dict": state, "hyper_parameters": hyper_parameters}
+
+
+def linear(state, name, x):
+    return (
+        state[f"{name}.weight"].reshape(len(state[f"{name}.bias"]), -1) @ x + state[f"{name}.bias"]
+    )
+
+
+def norm(state, name, x):
+    centred = x - x.mean()
+    unit = centred / (centred.square().mean() + 1e-5).sqrt()
+    return unit * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def naive_denoiser(state, x, condition, n):
+    """One vector: x, condition [D], step index n -> x0_hat [D]."""
+    half = len(x) // 2
+    angles = [n * math.exp(-i * math.log(10000) / (half - 1)) for i in range(half)]
+    waves = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    time = gelu(linear(state, "step_mlp.1", torch.tensor(waves, dtype=x.dtype)))
+    out = linear(state, "diffuser.0", torch.cat([x, condition, linear(state, "step_mlp.3", time)]))
+    return linear(state, "diffuser.2", gelu(out)) if "diffuser.2.weight" in state else out
+
+
+def naive_sample(state, condition, noise, guidance=2.0):
+    """One vector: condition [D], noise [T, D] (x_T first) -> [D]."""
+    steps, alphas = len(noise), []
+    for n in range(steps):
+        place = 1 + n * 2 * steps / (steps - 1)
+        alphas.append(math.exp(-0.1 / steps - place * (10 - 0.1) / (2 * steps**2)))
+    x = noise[0]
+    for n in reversed(range(steps)):
+        bar, before, beta = math.prod(alphas[: n + 1]), math.prod(alphas[:n]), 1 - alphas[n]
+        null = state["none_embedding.weight"][0]
+        x0 = (1 + guidance) * naive_denoiser(state, x, condition, n)
+        x0 = x0 - guidance * naive_denoiser(state, x, null, n)
+        x = beta * math.sqrt(before) * x0 + (1 - before) * math.sqrt(alphas[n]) * x
+        x = x / (1 - bar)
+        if n > 0:
+            x = x + math.sqrt(beta * (1 - before) / (1 - bar)) * noise[steps - n]
+    return x
+
+
+def naive_condition(state, states):
+    """One user: states [S, D] -> [D]; every position, of which the last is returned."""
+    x = states + state["positional_embeddings.weight"]
+    count, dim = x.shape
+    for t in range(count):
+        query = norm(state, "ln_1", x[t])
+        scores = []
+        for s in range(count):
+            keys = linear(state, "mh_attn.linear_q", query) @ linear(
+                state, "mh_attn.linear_k", x[s]
+            )
+            hidden = s > t or float(x[s].sum()) == 0
+            scores.append(-(2.0**32) + 1 if hidden else float(keys) / math.sqrt(dim))
+        weights = [math.exp(score - max(scores)) for score in scores]
+        mixed = torch.zeros(dim, dtype=x.dtype)
+        for s in range(count):
+            mixed += weights[s] / sum(weights) * linear(state, "mh_attn.linear_v", x[s])
+        if float(query.sum()) == 0:
+            mixed = torch.zeros_like(mixed)
+        y = norm(state, "ln_2", mixed + query)
+        inner = linear(state, "feed_forward.w_1", y).clamp(min=0)
+        y = norm(state, "feed_forward.layer_norm", linear(state, "feed_forward.w_2", inner) + y)
+        last = norm(state, "ln_3", y)
+    return last
+
+
+def naive_perceptron(state, stack, x):
+    for index in (0, 4):
+        x = linear(state, f"{stack}.{index}", x)
+        own = f"{stack}.{index + 1}"
+        x = (x - state[f"{own}.running_mean"]) / (state[f"{own}.running_var"] + 1e-5).sqrt()
+        x = (x * state[f"{own}.weight"] + state[f"{own}.bias"]).clamp(min=0)
+    return linear(state, f"{stack}.8", x)
+
+
+def refusal(error, source, start="source"):
+    """The one line with which `source` is refused, which has to begin with `start`."""
+    with pytest.raises(error) as caught:
+        load_released(source)
+    line = str(caught.value)
+    assert line.startswith(f"{start}: ") and "\n" not in line, line
+    return line
+
+
+def part(checkpoint, name):
+    state = checkpoint["state_dict"].items()
+    return {key.removeprefix(f"{name}."): t for key, t in state if key.startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize("two_layers", [False, True])
+@pytest.mark.parametrize("users, dim", [(1, 4), (3, 6), (2, 34)])
+def test_the_plan_follows_the_released_sampler(two_layers, users, dim):
+    state = diffusion_state(dim, two_layers=two_layers)
+    released = load_released(state)
+    assert type(released.denoiser) is (MLPDenoiser if two_layers else LinearDenoiser)
+    condition, noise = torch.randn(users, dim).double(), torch.randn(200, users, dim).double()
+    found = released.plan()(condition, noise=noise)
+    for user in range(users):
+        expected = naive_sample(state, condition[user], noise[:, user])
+        assert relative_error(found[user], expected) < 1e-9
+    expected = naive_sample(state, condition[0], noise[:7, 0], guidance=0.5)
+    plan = released.plan(timesteps=7, guidance=0.5)
+    assert relative_error(plan(condition, noise=noise[:7])[0], expected) < 1e-9
+
+
+@pytest.mark.parametrize("dim, positions", [(4, 1), (6, 3), (34, 9)])
+@pytest.mark.parametrize("idle_query", [False, True])
+def test_the_condition_encoder_is_the_released_one(dim, positions, idle_query):
+    state = diffusion_state(dim, positions)
+    # Whole numbers, of which sums are exact in any order.
+    state["positional_embeddings.weight"] = embeddings = torch.randint(9, (positions, dim)).double()
+    if idle_query:  # its sum is zero
+        state["ln_1.weight"] = torch.zeros(dim, dtype=FLOAT)
+        state["ln_1.bias"] = torch.tensor([3.0, -3.0], dtype=FLOAT).repeat(dim // 2)
+    x = torch.randint(-5, 9, (5, positions, dim)).double()
+    x[..., -1] = 1 - x[..., :-1].sum(-1)
+    masked = torch.rand(5, positions) < 0.5
+    masked[0], masked[1], masked[2, -1], masked[3, 0] = False, True, True, True
+    x[..., -1] -= masked.double()
+    x[3, 0] = 0
+    encoder = load_released(state).condition_encoder
+    found = encoder(x - embeddings)
+    assert found.shape == (5, dim)
+    for user in range(5):
+        expected = naive_condition(state, x[user] - embeddings)
+        assert relative_error(found[user], expected) < 1e-10
+    assert encoder(x[:0]).shape == (0, dim)
+    with refused(ValueError, "states"):
+        encoder(torch.zeros(2, positions + 1, dim, dtype=FLOAT))
+    with refused(TypeError, "states"):
+        encoder(x.float())
+
+
+@pytest.mark.parametrize("position, noise", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("dim, hidden, ways", [(1, 3, 1), (6, 33, 2), (7, 16, 3)])
+def test_tokenizers_encode_and_decode_as_released(position, noise, dim, hidden, ways):
+    state = tokenizer_state(dim, hidden, ways, position)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(42)
+        constant = torch.randn(1, hidden)[0].double()
+        constant = constant * torch.normal(0, 0.1, size=(1,)) * (position and noise)
+    tolerance = 1e-6 if position and noise else 1e-12  # the constant is drawn in float32
+    tokenizer = load_released_tokenizer(state, constant_noise=noise)
+    x = torch.randn(3, dim).double()
+    tokens = tokenizer.encode(x)
+    assert tokens.shape == (3, ways, hidden)
+    decoded = tokenizer.decode(tokens)
+    for row in range(3):
+        codes = [naive_perceptron(state, f"encoders.{k}", x[row]) + constant for k in range(ways)]
+        assert relative_error(tokens[row], torch.stack(codes)) < tolerance
+        mean = sum(codes) / ways
+        assert relative_error(decoded[row], naive_perceptron(state, "decoder", mean)) < tolerance
+
+
+def test_a_lightning_checkpoint_holds_everything():
+    checkpoint = lightning(timesteps=9, w=1, beta_sche="exp", lr=1e-5)
+    released = load_released(checkpoint)
+    assert released.settings | {"timesteps": 9, "guidance": 1} == released.settings
+    embeddings, noise = torch.randn(2, 7, 5).double(), torch.randn(9, 2, 6).double()
+    states = released.output_decoder(embeddings)
+    condition = released.condition_encoder(states)
+    found = released.plan()(condition, noise=noise)
+    state, decoder = part(checkpoint, "diffusion_net"), part(checkpoint, "output_decoder")
+    for user in range(2):
+        rows = [linear(decoder, "dim_block.2", e.clamp(min=0)) for e in embeddings[user]]
+        columns = torch.stack(rows).clamp(min=0).T  # [D, L]
+        columns = [linear(decoder, "length_block.0.layers.2", c.clamp(min=0)) + c for c in columns]
+        columns = [linear(decoder, "length_block.3", c.clamp(min=0)).clamp(min=0) for c in columns]
+        expected = torch.stack(columns).T
+        assert relative_error(states[user], expected) < 1e-10
+        expected = naive_condition(state, expected)
+        assert relative_error(condition[user], expected) < 1e-10
+        expected = naive_sample(state, expected, noise[:, user], guidance=1)
+        assert relative_error(found[user], expected) < 1e-9
+    x = torch.randn(3, 6).double()
+    for name in ("item", "user"):
+        alone = load_released_tokenizer(part(checkpoint, f"{name}_encoder"))
+        tokenizer = getattr(released, f"{name}_tokenizer")
+        torch.testing.assert_close(tokenizer.encode(x), alone.encode(x), rtol=0, atol=0)
+        assert not tokenizer.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".safetensors"])
+def test_files_give_what_the_state_dict_gives(suffix, dtype, tmp_path):
+    checkpoint = lightning(dtype=dtype)
+    state = checkpoint["state_dict"]
+    path = tmp_path / f"released{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(checkpoint if suffix == ".ckpt" else state, path)
+    random = torch.get_rng_state()
+    released, expected = load_released(str(path)), load_released(state)
+    assert torch.equal(torch.get_rng_state(), random)
+    path.unlink()
+    for tensor in state.values():
+        tensor.zero_()  # copies were taken
+    found = released.state_dict()
+    assert found.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+        assert tensor.dtype in (dtype, torch.int64)
+    assert expected.denoiser.null_condition.any() and expected.denoiser.output.weight.any()
+    torch.save(tokenizer_state(dtype=dtype), tmp_path / "items.pth")
+    assert load_released_tokenizer(tmp_path / "items.pth").position.dtype == dtype
+
+
+def test_tokenizers_of_the_first_version_are_left_out():
+    checkpoint = lightning()
+    state = checkpoint["state_dict"]
+    for key in [key for key in state if key.startswith("item_encoder.encoders.")]:
+        state[key.replace("encoders.", "blocks.")] = state.pop(key)
+    for key in [key for key in state if key.startswith("item_encoder.decoder.")]:
+        del state[key]
+    released = load_released(state)
+    assert released.item_tokenizer is None and released.user_tokenizer is not None
+
+
+class Code:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_refused_and_not_run(zipped, tmp_path):
+    path, trace = tmp_path / "code.pt", tmp_path / "trace"
+    content = diffusion_state() | {"x": Code(trace)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert refusal(ValueError, path, path).endswith("(torch.load, weights_only), got posix.mkdir")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.pt", b"", "expected tensors and plain values"),
+        ("x.ckpt", b"PK\x03\x04 and so on", "expected tensors and plain values"),
+        ("x.safetensors", b"{}", "expected a safetensors file"),
+        ("x.bin", b"", "expected .pt, .pth, .ckpt or .safetensors, got '.bin'"),
+        ("x.pt", None, "expected a file, got nothing"),
+        ("x.pt", [1, 2], "expected a state dict, got list"),
+        ("x.pt", {}, "expected the key none_embedding.weight"),
+        ("x.pt", {1: 2}, "expected the key none_embedding.weight"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(name, content, message, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    assert message in refusal(ValueError, path, path)
+
+
+@pytest.mark.parametrize(
+    "key, value, error, message",
+    [
+        ("diffusion_net.ln_2.bias", None, ValueError, "expected the key diffusion_net.ln_2.bias"),
+        (BAD, None, ValueError, f"expected the key {BAD}"),
+        ("diffusion_net.x", torch.zeros(1), ValueError, "the released keys only, got diffusion_"),
+        ("other.x", torch.zeros(1), ValueError, "expected the released keys only, got other.x"),
+        (BAD, torch.zeros(3).double(), ValueError, f"{BAD}: expected shape [256], got [3]"),
+        ("diffusion_net.ln_2.bias", torch.zeros(6), TypeError, "dtype float64, got float32"),
+        ("diffusion_net.ln_2.bias", 3, TypeError, "ln_2.bias: expected a tensor, got int"),
+        ("diffusion_net.none_embedding.weight", torch.zeros(6), ValueError, "got [6]"),
+        ("diffusion_net.none_embedding.weight", torch.zeros(1, 7), ValueError, "even width"),
+        ("diffusion_net.c_remap.2.weight", torch.zeros(1), ValueError, "got DeftRec's"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused_in_one_line(key, value, error, message):
+    state = lightning()["state_dict"] | {key: value}
+    if value is None:
+        del state[key]
+    assert message in refusal(error, state)
+
+
+def test_other_arguments_are_refused_in_one_line():
+    assert refusal(TypeError, 3).endswith("expected a path or a state dict, got int")
+    line = refusal(ValueError, lightning(beta_sche="linear"))
+    assert line.endswith("hyper_parameters: beta_sche: expected exp or sqrt, got 'linear'")
+    with refused(ValueError, "source"):
+        load_released_tokenizer(diffusion_state())
