@@ -157,7 +157,8 @@ class TrainingConfig:
 
     patience: 0 trains `epochs`; otherwise the best epoch by NDCG@10 on each user's last training
     item is looked for first, until it has not improved for that many epochs, and the model is
-    then trained anew, on everything, for as many. train_items: item vectors learn, too.
+    then trained anew, on everything, for as many. train_items: item vectors learn, too, at
+    item_learning_rate: their entries are near 1, and each item is seen seldom.
     train_tokens: the tokenizer learns on. Weights of losses: 0 leaves one out.
     """
 
@@ -168,6 +169,7 @@ class TrainingConfig:
     train_tokens: bool = True
     batch_size: int = 32
     learning_rate: float = 2e-3
+    item_learning_rate: float = 2e-2
     weight_decay: float = 0.01
     warmup_steps: int = 50
     clip_norm: float = 1.0

@@ -113,7 +113,8 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, source):
 
 @pytest.fixture
 def optimizers(monkeypatch):
-    """The optimizers that training makes; each has `rates` and gradient `norms` of its steps."""
+    """The optimizers that training makes; each has `rates` (first and last
+    group) and gradient `norms` of its steps."""
     made = []
 
     class Optimizer(torch.optim.AdamW):
@@ -123,9 +124,9 @@ def optimizers(monkeypatch):
             made.append(self)
 
         def step(self, *arguments, **options):
-            (group,) = self.param_groups
-            self.rates.append(group["lr"])
-            squares = [p.grad.square().sum() for p in group["params"] if p.grad is not None]
+            self.rates.append((self.param_groups[0]["lr"], self.param_groups[-1]["lr"]))
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            squares = [p.grad.square().sum() for p in parameters if p.grad is not None]
             self.norms.append(float(sum(squares).sqrt()))
             return super().step(*arguments, **options)
 
@@ -138,13 +139,15 @@ def test_learning_rate_warms_up_and_decays(optimizers, epochs, warmup_steps, pea
     """Released defect 5: there it alternates between two values."""
     log = Log()
     config = small_config(epochs=epochs, warmup_steps=warmup_steps, learning_rate=0.01)
+    config.training.item_learning_rate = 0.03
     train(small_shop(), config, Recorder(), log=log)
-    rates = optimizers[-1].rates
+    rates, items = zip(*optimizers[-1].rates)
+    np.testing.assert_allclose(items, 3 * np.array(rates))
     assert len(rates) == 4 * epochs  # 30 users in batches of 8
     np.testing.assert_allclose(rates[:peak], 0.01 * np.arange(1, peak + 1) / peak)
     assert rates[peak] == 0.01 and np.all(np.diff(rates[peak:]) < 0)
     assert rates[-1] < 0.07 * rates[peak]
-    assert log["learning_rate"] == rates[3::4]
+    assert log["learning_rate"] == list(rates[3::4])
 
 
 def test_learning_rate_factors():

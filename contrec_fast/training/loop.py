@@ -121,7 +121,13 @@ class _Run:
         accelerator.free_memory()  # of the search's model
         model, self.adapters = build(dataset, config, self.progress, pretrain=not resumed)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, t.learning_rate, weight_decay=t.weight_decay)
+        items = [p for p in parameters if p is model.item_vectors]
+        others = [p for p in parameters if p is not model.item_vectors]
+        groups = [
+            {"params": others, "peak": t.learning_rate},
+            {"params": items, "peak": t.item_learning_rate},
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=t.weight_decay)
         wrapped, stepper = accelerator.prepare(model, optimizer)
         if wrapped is not model:
             # Equal from now on, and some are as large as the catalog.
@@ -145,7 +151,7 @@ class _Run:
             for step, windows in enumerate(self._batches(dataset, epoch), 1):
                 factor = _warmup_cosine(epoch * steps + step - 1, t, t.epochs * steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = t.learning_rate * factor
+                    group["lr"] = group["peak"] * factor
                 batch = prompts.training_batch(windows, rng).to(accelerator.device)
                 losses = wrapped(batch)
                 loss = sum(getattr(t, f"{name}_weight") * value for name, value in losses.items())
