@@ -33,6 +33,10 @@ from contrec_fast.ops.sampling import SamplingPlan, plan_sampling
 
 PICKLES = (".pt", ".pth", ".ckpt")
 SETTINGS = {"schedule": "exp", "timesteps": 200, "method": "ddpm", "guidance": 2.0}
+NOT_LOADED = (
+    "model.", "item_encoder.blocks.", "item_encoder.pos.", "user_encoder.blocks.",
+    "user_encoder.pos.",
+)  # fmt: skip
 HYPER_PARAMETERS = {"schedule": "beta_sche", "timesteps": "timesteps", "guidance": "w"}
 
 
@@ -187,23 +191,13 @@ def load_released(
     }
     weights.fill(denoiser, prefix, names)
     weights.fill(condition_encoder, prefix)
-    decoder, item_tokenizer, user_tokenizer = None, None, None
-    if prefix:
-        if weights.any("output_decoder."):
-            decoder = _output_decoder(weights, positions, dim)
-        if weights.any("item_encoder.encoders."):
-            item_tokenizer = _tokenizer(weights, "item_encoder.", constant_noise)
-        if weights.any("user_encoder.encoders."):
-            user_tokenizer = _tokenizer(weights, "user_encoder.", constant_noise)
-    ignored = [f"{prefix}emb_mlp.", f"{prefix}diff_mlp."]
-    ignored += ["model."] if prefix else []
-    for tokenizer in ("item_encoder.", "user_encoder."):
-        if prefix and weights.any(f"{tokenizer}blocks."):
-            ignored += [f"{tokenizer}blocks.", f"{tokenizer}pos."]
-    weights.finish(*ignored)
-    released = Released(
-        denoiser, condition_encoder, decoder, item_tokenizer, user_tokenizer, settings
-    )
+    decoder = _output_decoder(weights, positions, dim) if weights.any("output_decoder.") else None
+    tokenizers = [
+        _tokenizer(weights, own, constant_noise) if weights.any(f"{own}encoders.") else None
+        for own in ("item_encoder.", "user_encoder.")
+    ]
+    weights.finish(f"{prefix}emb_mlp.", f"{prefix}diff_mlp.", *NOT_LOADED)
+    released = Released(denoiser, condition_encoder, decoder, *tokenizers, settings)
     return released.eval()
 
 
