@@ -1,16 +1,20 @@
 """contrec-fast: generative recommendation with continuous tokens, made fast."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Config": "config",
+    "ContRec": "models.contrec",
+    "apply_overrides": "config",
+    "preset": "presets",
+    "read_data": "data",
+}
 
 
 def __getattr__(name: str):
-    """`contrec_fast.ContRec` and `contrec_fast.read_data`, imported when they are asked for."""
-    if name == "ContRec":
-        from contrec_fast.models.contrec import ContRec
-
-        return ContRec
-    if name == "read_data":
-        from contrec_fast.data import read_data
-
-        return read_data
+    """What `from contrec_fast import` offers, imported when it is asked for (with torch)."""
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

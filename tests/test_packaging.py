@@ -158,3 +158,16 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(run_python, tmp
     messages = [line for line in built.output.splitlines() if line.startswith("contrec-fast: ")]
     assert len(messages) == 1
     assert "no C++ extension" in messages[0] and "no-such-compiler" in messages[0]
+
+
+def test_the_top_level_names_are_those_of_their_modules_and_come_when_asked_for(run_python):
+    run_python(
+        "import sys, contrec_fast\n"
+        "assert 'torch' not in sys.modules and not hasattr(contrec_fast, 'nothing')\n"
+        "from contrec_fast import Config, ContRec, apply_overrides, preset, read_data\n"
+        "from contrec_fast import config, data, presets\n"
+        "from contrec_fast.models import contrec\n"
+        "assert (Config, apply_overrides) == (config.Config, config.apply_overrides)\n"
+        "assert (preset, read_data) == (presets.preset, data.read_data)\n"
+        "assert ContRec is contrec.ContRec\n"
+    )
