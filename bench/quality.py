@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     vectors_path = lists / "vectors.npy"
     with ProgressBars() as progress:
         if not vectors_path.exists():
-            advance = progress.stage("LightGCN", config.lightgcn.epochs)
+            advance = progress.stage("LightGCN", config.lightgcn.epochs, "epochs")
             np.save(vectors_path, whiten(train_lightgcn(dataset, config.lightgcn, advance)[1]))
         vectors = np.load(vectors_path)
         for seed in options.seeds.split(","):

@@ -1,7 +1,9 @@
 """The command `contrec`."""
 
+import glob
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from contrec_fast import names
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory", re.IGNORECASE)
 Run = Annotated[Path, typer.Argument(help="Folder that `contrec train` wrote.")]
 
 
@@ -29,6 +34,13 @@ def _one_line_errors():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         _say(str(error))
+        raise typer.Exit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        # Torch has a class of its own for a GPU's memory and none for the CPU's.
+        text = str(error)
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(text):
+            raise
+        _say(f"out of memory{text and ': '}{text}")
         raise typer.Exit(1) from None
 
 
@@ -58,9 +70,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the trained run in this folder.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of shop and training.")] = 0,
 ):
-    """Train on a small made-up shop and show what is recommended, in a few minutes on a CPU."""
-    from contrec_fast.data import synthetic_shop
-    from contrec_fast.demo import show_users
+    """Train on a small made-up shop and show what is recommended: about a minute on a CPU."""
     from contrec_fast.presets import demo_config
 
     with _one_line_errors(), tempfile.TemporaryDirectory() as folder:
@@ -68,8 +78,16 @@ def demo(
         run = out or Path(folder) / "run"
         config = demo_config()
         config.seed = seed
-        _train(lambda say: synthetic_shop(seed=seed), run, config)
+
+        def make_shop(say):
+            from contrec_fast.data import synthetic_shop
+
+            return synthetic_shop(seed=seed)
+
+        _train(make_shop, run, config)
         _evaluate(run, "quick")
+        from contrec_fast.demo import show_users
+
         show_users(_load(run), users=3, k=5, console=Console())
         print(f"\nDone in {time.monotonic() - started:.0f} s.", end=" ")
         print(f"The run is in {out}." if out else "Keep the run with --out FOLDER.")
@@ -97,15 +115,23 @@ def train(
     is complete, what there is of it is kept in OUT.checkpoint.
     """
     from contrec_fast import presets
-    from contrec_fast.config import apply_overrides, load_config
-    from contrec_fast.data import read_data
+    from contrec_fast.config import apply_overrides, check, load_config
 
     with _one_line_errors():
         chosen = presets.preset(preset)
         if config:
             chosen = load_config(config, chosen)
         chosen = apply_overrides(chosen, overrides or [])
-        _train(lambda say: read_data(data, chosen.data, chosen.seed, say), out, chosen)
+        check(chosen)
+        if not data.exists():
+            raise ValueError(f"{data}: expected a file or folder, got nothing")
+
+        def read(say):
+            from contrec_fast.data import read_data
+
+            return read_data(data, chosen.data, chosen.seed, say)
+
+        _train(read, out, chosen)
 
 
 @app.command()
@@ -115,7 +141,10 @@ def evaluate(
         str, typer.Option(help="What to compare with: all, quick (those that only count) or none.")
     ] = "all",
 ):
-    """Rank the held-out items of a run's users; writes RUN/metrics.json and RUN/metrics.png."""
+    """Rank the held-out items of a run's users; writes RUN/metrics.json and RUN/metrics.png.
+
+    Baselines that were measured before and are not asked for now stay in them.
+    """
     with _one_line_errors():
         _evaluate(run, baselines)
 
@@ -132,21 +161,28 @@ def recommend(
     ] = None,
     k: Annotated[int, typer.Option(help="Items per user.")] = 10,
     out: Annotated[
-        Path, typer.Option(help="File to write, .csv or .parquet; - is CSV on standard output.")
+        Path,
+        typer.Option(
+            help="File to write, .csv or .parquet; one that exists is replaced once all lists are "
+            "there. - is CSV on standard output."
+        ),
     ] = Path("-"),
 ):
     """Write top-K lists: user_id, item_id, title, score, rank, matched, text.
 
     Without any users named they are for everybody in the run's data.
     """
-    from contrec_fast.cli_files import read_histories, read_lines, require_table, write_table
-    from contrec_fast.progress import ProgressBars
-
     with _one_line_errors():
         given = {"--users": users, "--users-file": users_file, "--histories": histories}
         given = [name for name, value in given.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"users: expected one of {', '.join(given)}, got {len(given)}")
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        _require_run(run)
+        from contrec_fast.cli_files import read_histories, read_lines, require_table, write_table
+        from contrec_fast.progress import ProgressBars
+
         require_table(out)
         listed = read_lines(users_file) if users_file else None
         new = read_histories(histories) if histories else None
@@ -169,10 +205,11 @@ def add_items(
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
 ):
     """Make new items recommendable without training, in a copy of a run."""
-    from contrec_fast.cli_files import read_items
-
     with _one_line_errors():
         _require_free(out)
+        _require_run(run)
+        from contrec_fast.cli_files import read_items
+
         table = read_items(items)
         model = _load(run)
         model.add_items(table)
@@ -195,26 +232,27 @@ def _train(read, out: Path, config) -> None:
 
     OUT.checkpoint holds what an interrupted run goes on from, and goes when the run is there.
     """
-    from accelerate import PartialState
-
-    from contrec_fast.data.files import whole_folder
-    from contrec_fast.environment import default_device
-    from contrec_fast.progress import ProgressBars, Silent
-    from contrec_fast.training import train as train_model
-    from contrec_fast.training.checkpoint import FILE
-    from contrec_fast.training.report import TrainingLog
-
     _require_free(out)
-    _quiet_transformers()
-    # Ended from outside, it cleans up as after an error.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # Of the processes that torchrun or `accelerate launch` has started, one reads and writes.
-    main = PartialState(cpu=default_device().type == "cpu").is_main_process
     place = out.with_name(f"{out.name}.checkpoint")
     place.mkdir(parents=True, exist_ok=True)  # now: that it cannot be written to costs no time
-    if any(place.iterdir()) and not (place / FILE).exists():
+    kept = place / names.CHECKPOINT
+    others = [file for file in place.iterdir() if not file.name.startswith(f".{kept.name}.")]
+    if others and not kept.exists():
         raise ValueError(f"{place}: expected an interrupted run, got something else; move it away")
     try:
+        from accelerate import PartialState
+
+        from contrec_fast.data.files import whole_folder
+        from contrec_fast.environment import default_device
+        from contrec_fast.progress import ProgressBars, Silent
+        from contrec_fast.training import train as train_model
+        from contrec_fast.training.report import TrainingLog
+
+        _quiet_transformers()
+        # Ended from outside, it cleans up as after an error.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        # Of the processes that torchrun or `accelerate launch` has started, one reads and writes.
+        main = PartialState(cpu=default_device().type == "cpu").is_main_process
         with ProgressBars() if main else nullcontext(Silent()) as progress:
             dataset = read(progress.say)
             log = TrainingLog(place)
@@ -222,6 +260,7 @@ def _train(read, out: Path, config) -> None:
         log.close()
         if not main:
             return
+        _remove_unfinished(out)
         with whole_folder(out) as folder:
             model.save_pretrained(folder)
             if log.epochs:
@@ -230,28 +269,43 @@ def _train(read, out: Path, config) -> None:
                 shutil.copytree(place / "tensorboard", folder / "tensorboard")
     except BaseException as error:
         # A loss that is not finite will be so again.
-        kept = (place / FILE).exists() and not isinstance(error, FloatingPointError)
-        if not kept:
+        stays = kept.exists() and not isinstance(error, FloatingPointError)
+        if not stays:
             shutil.rmtree(place, ignore_errors=True)
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            _say(f"interrupted; the same command goes on from {place}" if kept else "interrupted")
+            _say(f"interrupted; the same command goes on from {place}" if stays else "interrupted")
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
         raise
     shutil.rmtree(place)
     progress.say(f"wrote {out}")
 
 
+def _remove_unfinished(out: Path) -> None:
+    """Remove what a process that was killed while saving left beside OUT (`whole_folder`)."""
+    name, code = glob.escape(out.name), "[0-9a-f]" * 32
+    for pattern in (f".{name}.{code}", f"..{name}.{code}.{code}"):
+        for leftover in out.parent.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _evaluate(run: Path, baselines: str) -> None:
     """Measure the model and baselines, write metrics.json and metrics.png, print the table."""
+    _require_run(run)
+    if baselines not in names.BASELINES:
+        expected = ", ".join(names.BASELINES)
+        raise ValueError(f"baselines: expected one of {expected}, got {baselines!r}")
+    before = _metrics_of_before(run / "metrics.json")
     from contrec_fast.data.files import whole_file
     from contrec_fast.engine import Recommender
     from contrec_fast.evaluation.charts import NAMES, bar_chart
     from contrec_fast.evaluation.protocol import evaluate as measure
+    from contrec_fast.evaluation.protocol import keep_baselines
     from contrec_fast.progress import ProgressBars
 
     model = _load(run)
     with ProgressBars() as progress:
         metrics = measure(Recommender(model, model.dataset), progress, baselines)
+    metrics = keep_baselines(metrics, before)
     with whole_file(run / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
     bar_chart(metrics, run / "metrics.png")
@@ -280,6 +334,16 @@ def _evaluate(run: Path, baselines: str) -> None:
     )
 
 
+def _metrics_of_before(path: Path):
+    """What an earlier evaluation wrote, None if there was none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}; remove it to go on") from None
+
+
 def _load(run: Path):
     from contrec_fast.environment import default_device
     from contrec_fast.models.contrec import ContRec
@@ -296,6 +360,12 @@ def _quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _require_run(run: Path) -> None:
+    """As `ContRec.from_pretrained` says it, before anything slow is imported."""
+    if not run.is_dir():
+        raise ValueError(f"{run}: expected the folder of a trained model, found none")
 
 
 def _require_free(out: Path) -> None:

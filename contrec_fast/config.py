@@ -10,9 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from contrec_fast.models.denoisers import DENOISERS
-from contrec_fast.models.schedules import METHODS, PREDICTIONS, SCHEDULES
-from contrec_fast.ops.noise import MAX_STEPS
+from contrec_fast.names import DENOISERS, MAX_STEPS, METHODS, PREDICTIONS, SCHEDULES
 
 # Other whole numbers are 1 or more.
 MAY_BE_ZERO = ("seed", "core", "epochs", "layers", "lora_rank", "patience", "warmup_steps")
@@ -20,7 +18,7 @@ NAMES = {
     "holdout": ("test", "validation", "none"),
     "kind": ("sigma-vae", "residual-quantizer"),
     "text": ("full", "response", "none"),
-    "denoiser": tuple(DENOISERS),
+    "denoiser": DENOISERS,
     "schedule": SCHEDULES,
     "prediction": PREDICTIONS,
     "method": METHODS,
@@ -269,6 +267,45 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
         section, _, name = key.rpartition(".")
         _set_all(config, {section: {name: value}} if section else {name: value})
     return config
+
+
+def check(config: Config) -> None:
+    """Raise ValueError, in one line that starts with a setting's name, for what cannot work.
+
+    That is a value that a file may not have, or settings that contradict one another; what
+    depends on the data shows when that is read.
+    """
+    _set_all(Config(), dataclasses.asdict(config))
+    backbone, head, training = config.backbone, config.head, config.training
+    reads_text = config.prompt.text != "none"
+    discrete = config.tokenizer.kind == "residual-quantizer"
+    if backbone.path == "tiny" and backbone.hidden % (2 * backbone.heads):  # rotary positions
+        raise ValueError(
+            f"backbone.hidden: expected a multiple of 2 x {backbone.heads} heads, "
+            f"got {backbone.hidden}"
+        )
+    if backbone.path != "tiny" and not (Path(backbone.path) / "config.json").is_file():
+        raise ValueError(
+            "backbone.path: expected 'tiny' or a Hugging Face model folder, found no config.json "
+            f"in {backbone.path!r}"
+        )
+    if config.tokenizer.batch_size < 2 and not discrete:  # batch norm needs two rows
+        raise ValueError("tokenizer.batch_size: expected at least 2 for batch norm, got 1")
+    if head.steps > head.timesteps:
+        raise ValueError(
+            f"head.steps: expected at most head.timesteps ({head.timesteps}), got {head.steps}"
+        )
+    if head.source == "response" and not reads_text:
+        raise ValueError("head.source: expected 'hidden' where prompt.text is 'none'")
+    if head.space == "tokenizer" and discrete:
+        raise ValueError(
+            "head.space: expected 'item' where tokenizer.kind is 'residual-quantizer', "
+            "got 'tokenizer'"
+        )
+    losses = ["ranking", "bpr"] + ["diffusion", "dispersive", "contrastive"] * head.diffusion
+    weights = [f"{name}_weight" for name in losses + ["text"] * reads_text]
+    if not any(getattr(training, weight) for weight in weights):
+        raise ValueError(f"training: expected one of {', '.join(weights)} above 0, got none")
 
 
 def save_config(config: Config, path: str | Path) -> None:

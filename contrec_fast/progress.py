@@ -19,6 +19,7 @@ class ProgressBars:
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=10)),
             BarColumn(bar_width=10, table_column=Column(min_width=10)),
             MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[unit]}", table_column=Column(no_wrap=True)),
             TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
             # What gives way where the terminal is narrow.
             TextColumn(
@@ -41,16 +42,20 @@ class ProgressBars:
         """Print a line between the bars."""
         self._console.print(text, soft_wrap=True, markup=False)
 
-    def stage(self, name: str, total: int):
-        """Start a bar of `total` units.
+    def stage(self, name: str, total: int, unit: str, done: int = 0):
+        """Start a bar.
+
+        Args:
+            total: how many units there are: "epochs", "steps", "batches". done: how many of them
+            an interrupted run has done already.
 
         Returns:
             `advance(**figures)`, to be called after each unit with the figures to show: losses
-            and metrics by their name, `rate` in users/s, `learning_rate`. Without any, those of
-            before stay.
+            and metrics by their name, `epoch`, `rate` in users/s, `learning_rate`. Without any,
+            those of before stay.
         """
-        task = self._bars.add_task(name, total=total, figures="")
-        done, text = 0, ""
+        task = self._bars.add_task(name, total=total, completed=done, unit=unit, figures="")
+        text = ""
 
         def advance(**figures: float) -> None:
             nonlocal done, text
@@ -58,7 +63,7 @@ class ProgressBars:
             text = "  ".join(_figure(name, value) for name, value in figures.items()) or text
             self._bars.update(task, advance=1, figures=text)
             if not self._console.is_terminal and (done % max(total // 10, 1) == 0 or done == total):
-                print(f"{name} {done}/{total}  {text}".rstrip(), file=sys.stderr, flush=True)
+                print(f"{name} {done}/{total} {unit}  {text}".rstrip(), file=sys.stderr, flush=True)
 
         return advance
 
@@ -69,11 +74,13 @@ class Silent:
     def say(self, text: str) -> None:
         pass
 
-    def stage(self, name: str, total: int):
+    def stage(self, name: str, total: int, unit: str, done: int = 0):
         return lambda **figures: None
 
 
 def _figure(name: str, value: float) -> str:
     if name == "rate":
         return f"{value:,.0f} users/s"
+    if name == "epoch":
+        return f"epoch {value:.0f}"
     return f"{name.replace('_', ' ')} {value:{'.1e' if name == 'learning_rate' else '.3f'}}"

@@ -35,7 +35,7 @@ class Recorder:
     def say(self, text):
         self.lines.append(text)
 
-    def stage(self, name, total):
+    def stage(self, name, total, unit, done=0):
         self.totals[name], self.figures[name] = total, []
         return lambda **figures: self.figures[name].append(figures)
 

@@ -3,11 +3,13 @@
 import copy
 
 import pandas as pd
+import pytest
 import torch
 from model_cases import (
     random_model,
     small_shop,
 )
+from ops_cases import refused
 
 from contrec_fast import engine
 
@@ -37,3 +39,18 @@ def test_new_items_share_one_recommender(monkeypatch):
     monkeypatch.setattr(engine, "Recommender", Counted)
     copy.deepcopy(random_model()).add_items(FRAME, CHOSEN)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("frame", [["a", "b"]]),
+        ("frame", [FRAME.to_dict("records")]),
+        ("interactions", [FRAME, CHOSEN.to_dict("list")]),
+    ],
+)
+def test_other_types_than_frames_are_refused(name, arguments):
+    model = copy.deepcopy(random_model())
+    with refused(TypeError, name):
+        model.add_items(*arguments)
+    assert len(model.item_vectors) == len(small_shop().items)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from contrec_fast.data import Dataset, Items
 from contrec_fast.training import loop, train
+from contrec_fast.training.checkpoint import Checkpoints
 from contrec_fast.training.report import TrainingLog
 
 SEARCH = ("training.epochs=3", "training.patience=1")
@@ -37,13 +38,13 @@ class Interrupter(Recorder):
         super().__init__()
         self.training, self.step, self.how = training, step, how
 
-    def stage(self, name, total):
-        record = super().stage(name, total)
-        self.training -= name == "ContRec"
+    def stage(self, name, total, unit, done=0):
+        record = super().stage(name, total, unit, done)
+        self.training -= unit == "steps"
 
         def advance(**figures):
             record(**figures)
-            if (name, self.training, len(self.figures[name])) == ("ContRec", 0, self.step):
+            if (unit, self.training, len(self.figures[name])) == ("steps", 0, self.step):
                 self.how()
 
         return advance
@@ -81,9 +82,11 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, overrides, tra
     recorder, log = Recorder(), TrainingLog(tmp_path)
     model = train(small_shop(), config, recorder, folder, log)
     assert_same_weights(model, whole_run(*overrides)[0])
-    phase = "search" if overrides == SEARCH and training == 1 else "final"
-    assert recorder.lines[0] == f"going on after epoch {epoch} ({phase})"
-    assert ("LightGCN" in recorder.totals) == (phase == "search")  # for the training anew
+    search = overrides == SEARCH and training == 1
+    of = " of the search for the best epoch" * search
+    assert recorder.lines[0] == f"going on after epoch {epoch}{of}"
+    assert ("LightGCN" in recorder.totals) == search  # for the training anew
+    assert ("ContRec, held out" in recorder.totals) == search
     lines = [{k: v for k, v in line.items() if k != "epoch"} for line in log.epochs]
     assert list(map(without_speed, lines)) == list(map(without_speed, whole_run(*overrides)[1]))
 
@@ -96,7 +99,7 @@ def test_a_run_that_ends_after_its_last_epoch_goes_on(tmp_path, monkeypatch, ove
     recorder = Recorder()
     model = train(small_shop(), small_config(*overrides), recorder, tmp_path)
     assert_same_weights(model, whole_run(*overrides)[0])
-    assert recorder.totals == {"ContRec": 0}
+    assert len(recorder.totals) == 1 and recorder.figures == {"ContRec": []}
 
 
 def test_a_run_that_ends_between_search_and_training_goes_on(tmp_path, monkeypatch):
@@ -127,7 +130,7 @@ train(small_shop(), small_config(), Interrupter(1, 6, kill), Path(sys.argv[1]))
     assert process.returncode == -signal.SIGKILL, process.stderr
     recorder = Recorder()
     model = train(small_shop(), small_config(), recorder, tmp_path)
-    assert recorder.lines[0] == "going on after epoch 1 (final)"
+    assert recorder.lines[0] == "going on after epoch 1"
     assert_same_weights(model, whole_run()[0])
 
 
@@ -181,6 +184,28 @@ def test_other_targets_are_no_other_run(finished):
     shop = small_shop()
     other = Dataset(shop.items, shop.user_ids, shop.histories, shop.targets[::-1].copy())
     train(other, small_config("training.epochs=1"), Recorder(), finished)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_refuses_the_checkpoint_of_another_number_of_processes(tmp_path, processes):
+    config = small_config("training.epochs=1")
+    written = Checkpoints(tmp_path, small_shop(), config)
+    written.join(processes, writes=True)
+    written.save({"phase": "final", "epoch": 0, "searched": 0})
+    recorder = Recorder()
+    if processes == 1:
+        train(small_shop(), config, recorder, tmp_path)
+        return
+    with refused(ValueError, str(tmp_path)):
+        train(small_shop(), config, recorder, tmp_path)
+    assert not recorder.totals
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    for name in (".checkpoint.safetensors.0a1b", "notes"):
+        (tmp_path / name).write_text("half")
+    Checkpoints(tmp_path, small_shop(), small_config())
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
 @pytest.mark.parametrize("content", ["empty", "garbage", "half", "strange", "state"])

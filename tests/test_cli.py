@@ -75,6 +75,19 @@ def test_evaluate_says_that_seen_items_are_included(run, tmp_path):
     assert "in the user's own history;" in out and "out of reach" not in out
 
 
+def test_evaluate_keeps_baselines_that_it_is_not_asked_for(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run")
+    succeeded("evaluate", other, "--baselines", "quick")
+    text = (other / "metrics.json").read_text()
+    out = succeeded("evaluate", other, "--baselines", "none").stdout
+    assert (other / "metrics.json").read_text() == text and "Markov" in out and "95 %" in out
+    (other / "metrics.json").write_text(text[:-9])
+    line = refused("evaluate", other, "--baselines", "none")
+    assert f"{other / 'metrics.json'}: expected JSON" in line
+    (other / "metrics.json").write_text('{"model": 1}')
+    assert "Markov" not in succeeded("evaluate", other, "--baselines", "none").stdout
+
+
 def test_a_failed_evaluation_keeps_the_metrics_of_before(run, monkeypatch):
     succeeded("evaluate", run, "--baselines", "none")
     before = (run / "metrics.json").read_text()
@@ -86,7 +99,7 @@ def test_a_failed_evaluation_keeps_the_metrics_of_before(run, monkeypatch):
 
 def test_evaluate_refuses_unknown_baselines(run):
     line = refused("evaluate", run, "--baselines", "some")
-    assert "baselines: expected all, quick or none, got 'some'" in line
+    assert "baselines: expected one of all, quick, none, got 'some'" in line
 
 
 def test_overrides_beat_the_file_which_beats_the_preset(train_arguments, tmp_path):
@@ -163,6 +176,17 @@ def test_train_refuses_places_that_it_cannot_have_before_it_reads(
     train_arguments[3] = tmp_path / "run"
     assert "run.checkpoint: expected an interrupted run, got something" in refused(*train_arguments)
     assert names(tmp_path / "run.checkpoint") == {"notes"}
+
+
+def test_what_a_killed_process_left_is_cleaned_up(train_arguments, tmp_path):
+    """Killed during the first checkpoint and, another one, while saving the run."""
+    place, code = tmp_path / "run.checkpoint", "0123456789abcdef" * 2
+    place.mkdir()
+    (place / f".checkpoint.safetensors.{code}").write_text("half")
+    for name in (f".run.{code}", f"..run.{code}.{code}", f".my-run.{code}", ".run.notes"):
+        (tmp_path / name).mkdir()
+    succeeded(*train_arguments, "training.epochs=0")
+    assert names(tmp_path) == {"run", f".my-run.{code}", ".run.notes"}
 
 
 @pytest.mark.parametrize(

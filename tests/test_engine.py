@@ -349,6 +349,20 @@ def test_refuses_what_it_does_not_know(name, arguments, words):
         trained_model().recommend(**arguments)
 
 
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("users", {"users": "user-0001"}),
+        ("histories", {"histories": {"u": ["SKU-0001"], "v": "SKU-0001"}}),
+        ("histories", {"histories": [["SKU-0001"]]}),
+        ("histories", {"histories": "SKU-0001"}),
+    ],
+)
+def test_refuses_strings_where_lists_belong(name, arguments):
+    with refused(TypeError, name):
+        trained_model().recommend(**arguments)
+
+
 def test_stable_ids():
     # BLAKE2b with a digest of 8 bytes, little-endian and signed: recorded once, for ever.
     assert stable_id("user-0001") == 7538169733083457289

@@ -25,7 +25,7 @@ from contrec_fast.evaluation import (
     target_counts,
     user_metrics,
 )
-from contrec_fast.evaluation.protocol import compare, evaluate
+from contrec_fast.evaluation.protocol import compare, evaluate, keep_baselines
 
 
 def test_metrics_by_hand():
@@ -234,6 +234,42 @@ def test_evaluate_knows_sets_of_baselines(shop_of_some_targets):
     for choice in ("fast", ["markov", "fast"]):
         with pytest.raises(ValueError, match="baselines: expected .*, got 'fast'"):
             evaluate(recommender, Recorder(), choice)
+
+
+def test_an_evaluation_keeps_what_an_earlier_one_has_measured():
+    """Two that measured different baselines make the one that measured all, either way round."""
+    data = make_dataset([[0]] * 31, 40, np.random.randint(40, size=31))
+    names = ("popularity", "markov", "ease", "sasrec")
+    lists = {name: random_lists(31, 40, 20) for name in names}
+    model, vectors = random_lists(31, 40, 20), np.random.randn(40, 5)
+
+    def compared(*names, **options):
+        return compare(model, {name: lists[name] for name in names}, data, **options)
+
+    whole = compared(*lists, vectors=vectors)
+    parts = [compared("popularity", "ease"), compared("markov", "sasrec")]
+    for now, before in (parts, parts[::-1]):
+        merged = keep_baselines(now, before)
+        assert merged == {name: value for name, value in whole.items() if name != "diversity"}
+        assert list(merged["baselines"]) == list(lists)
+    assert keep_baselines(compared(), whole) == keep_baselines(parts[0], whole) == whole
+    assert keep_baselines(whole, compared()) == keep_baselines(whole, None) == whole
+
+
+@pytest.mark.parametrize("change", ["model", "filter_seen", "targets"])
+def test_an_evaluation_of_something_else_keeps_nothing(change):
+    data = make_dataset([[0]] * 31, 40, np.arange(31))
+    lists, found = random_lists(31, 40, 20), np.tile(np.arange(20), (31, 1))
+    other, options = found, {}
+    if change == "model":
+        other = found[:, ::-1]
+    elif change == "filter_seen":
+        options = {"filter_seen": False}
+    before = compare(other, {"markov": lists}, data, **options)
+    if change == "targets":
+        before["targets"] = before["targets"] | {"in_history": 2}
+    now = compare(found, {}, data)
+    assert keep_baselines(now, before) == now and not now["baselines"]
 
 
 def metrics_of(rows, filter_seen=True):

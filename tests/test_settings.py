@@ -17,9 +17,10 @@ from model_cases import (
 )
 from ops_cases import refused
 
-from contrec_fast.config import LARGEST, Config, apply_overrides
+from contrec_fast.config import LARGEST, Config, apply_overrides, check
 from contrec_fast.data.prompts import Window
 from contrec_fast.data.templates import TEMPLATES
+from contrec_fast.presets import PRESETS, demo_config
 from contrec_fast.training import train
 
 NO_HEAD_LOSS = ("training.diffusion_weight=0", "training.dispersive_weight=0")
@@ -30,7 +31,10 @@ NO_HEAD_LOSS = ("training.diffusion_weight=0", "training.dispersive_weight=0")
     [
         ("head.source", ["head.source=response", "prompt.text=none"]),
         ("head.space", ["head.space=tokenizer", RESIDUAL]),
-        ("steps", ["head.steps=21"]),
+        ("head.steps", ["head.steps=21"]),
+        ("backbone.path", ["backbone.path=no/such/folder"]),
+        ("backbone.hidden", ["backbone.hidden=18"]),
+        ("tokenizer.batch_size", ["tokenizer.batch_size=1"]),
         ("training", ["training.ranking_weight=0", "training.text_weight=0", *NO_HEAD_LOSS]),
         ("training", ["training.ranking_weight=0", "prompt.text=none", *NO_HEAD_LOSS]),
         (
@@ -44,6 +48,41 @@ def test_refuses_what_contradicts_itself_before_pretraining(name, overrides):
     with refused(ValueError, name):
         train(small_shop(), small_config(*overrides), recorder)
     assert not recorder.totals
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["head.steps=20"],
+        ["tokenizer.batch_size=1", RESIDUAL],
+        ["tokenizer.batch_size=2"],
+        ["prompt.user_token=true", RESIDUAL],
+        ["backbone.hidden=12", "backbone.heads=3"],
+    ],
+)
+def test_settings_next_to_what_is_refused_train(overrides):
+    check(small_config(*overrides))
+    train(small_shop(), small_config("training.epochs=1", *overrides), Recorder())
+
+
+@pytest.mark.parametrize("make", [*PRESETS.values(), demo_config])
+def test_presets_can_work(make):
+    check(make())
+
+
+def test_values_set_in_python_are_checked_like_those_of_a_file():
+    config = Config()
+    config.training.learning_rate = 1  # a whole number is a number
+    check(config)
+    config.head.denoiser = "unet"
+    with refused(ValueError, "head.denoiser"):
+        check(config)
+
+
+def test_settings_are_checked_without_torch(run_python):
+    """Its import takes seconds."""
+    code = "import sys, contrec_fast.cli, contrec_fast.presets; sys.exit('torch' in sys.modules)"
+    run_python(code)
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,9 @@ def test_progress_shows_every_unit_of_every_stage():
     }
     assert recorder.totals == units
     assert {name: len(figures) for name, figures in recorder.figures.items()} == units
-    for figures in recorder.figures["ContRec"][3::4]:
-        assert set(figures) == {"diffusion", "dispersive", "ranking", "text", "rate"}
+    for epoch, figures in enumerate(recorder.figures["ContRec"][3::4], 1):
+        assert figures["epoch"] == epoch
+        assert set(figures) == {"diffusion", "dispersive", "ranking", "text", "rate", "epoch"}
         assert all(map(math.isfinite, figures.values()))
     assert any("tokenizer keeps" in line for line in recorder.lines)
 
@@ -305,16 +306,23 @@ def test_refuses_histories_without_a_next_item():
         train(history_dataset([1, 1, 1]), small_config(), Recorder())
 
 
-def test_refuses_steps_that_do_not_exist_before_pretraining():
-    recorder = Recorder()
-    with refused(ValueError, "steps"):
-        train(small_shop(), small_config("head.steps=21"), recorder)
-    assert not recorder.totals
-
-
 def test_the_smallest_dataset_trains():
     model = train(history_dataset([2], items=3), small_config(), Recorder())
     assert model.item_vectors.shape == (3, 16) and model.item_vectors.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("dataset", ["log.csv"]),
+        ("dataset", [None]),
+        ("config", [small_shop(), {"seed": 1}]),
+        ("config", [small_shop(), "config.yaml"]),
+    ],
+)
+def test_fit_refuses_other_types(name, arguments):
+    with refused(TypeError, name):
+        ContRec.fit(*arguments)
 
 
 def test_fit_is_train():

@@ -17,7 +17,6 @@ from model_cases import (
     trained_model,
     training_batch,
 )
-from ops_cases import refused
 
 from contrec_fast.config import HeadConfig
 from contrec_fast.data.prompts import Window
@@ -146,15 +145,3 @@ def test_a_written_response_ends_at_its_end(monkeypatch):
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     expected = model.response_conditions(torch.tensor([[7, 9, end]]))[0]
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "name, overrides",
-    [
-        ("head.source", ["head.source=response", "prompt.text=none"]),
-        ("head.space", ["head.space=tokenizer", RESIDUAL]),
-    ],
-)
-def test_refuses_what_does_not_fit_together(name, overrides):
-    with refused(ValueError, name):
-        train(small_shop(), small_config(*overrides), Recorder())

@@ -179,11 +179,14 @@ def recommend(
     Raises:
         ValueError: an unknown user or item, an empty history, k not in 1..N, or a model without
         a catalog, in one line.
+        TypeError: a string where several ids belong, or `histories` that name no users.
     """
     if model.dataset is None:
         raise ValueError("model: expected one with a dataset, which names users and items")
     if users is not None and histories is not None:
         raise ValueError("users, histories: expected one of them, got both")
+    if isinstance(users, str):
+        raise TypeError(f"users: expected a list of ids, got the string {users!r}")
     dataset = model.dataset
     if histories is not None:
         dataset = _new_users(dataset, histories)
@@ -199,7 +202,7 @@ def recommend(
         raise ValueError("users: expected at least one, got none")
     dataset = dataset.complete()
     recommender = Recommender(model, dataset)
-    advance = progress.stage("Users", math.ceil(count / BATCH)) if progress else None
+    advance = progress.stage("Users", math.ceil(count / BATCH), "batches") if progress else None
     lists = recommender.recommend(np.arange(count), k, advance=advance)
     row, rank = np.nonzero(lists.ids >= 0)
     items = lists.ids[row, rank]
@@ -218,7 +221,14 @@ def recommend(
 def _new_users(dataset: Dataset, histories: Mapping[str, Sequence[str]]) -> Dataset:
     index = {item: position for position, item in enumerate(dataset.items.ids)}
     rows = []
+    if not isinstance(histories, Mapping):
+        got = type(histories).__name__
+        raise TypeError(f"histories: expected a dict of users to their items, got {got}")
     for user, items in histories.items():
+        if isinstance(items, str):
+            raise TypeError(
+                f"histories: expected a list of ids for user {user!r}, got the string {items!r}"
+            )
         unknown = [item for item in items if item not in index]
         if unknown or not len(items):
             got = repr(unknown[0]) if unknown else "none"

@@ -1,11 +1,11 @@
 """A picture of an evaluation."""
 
-import os
-import uuid
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from contrec_fast.data.files import whole_file
 
 NAMES = {
     "model": "ContRec",
@@ -24,7 +24,7 @@ def bar_chart(metrics: dict, path) -> None:
     """Draw HR@10 and NDCG@10 of the model and the baselines as bars, best on top.
 
     Lines across the ends of bars are one standard error to either side. The picture appears whole
-    or not at all (a temporary name beside it, then a rename).
+    or not at all.
 
     Args:
         metrics: what `evaluate` returns. path: a `.png` or `.svg` file.
@@ -49,12 +49,10 @@ def bar_chart(metrics: dict, path) -> None:
         color=INK,
     )
     figure.supxlabel("Lines: one standard error to either side", fontsize=8, color="#777777")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=160, metadata=_undated(path))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    kind = path.suffix.lower().removeprefix(".")
+    undated = {"Date": None} if kind == "svg" else {}  # the same metrics give the same file
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=160, metadata=undated)
 
 
 def _bars(axes, rows: dict, errors: dict, metric: str) -> None:
@@ -90,8 +88,3 @@ def _bars(axes, rows: dict, errors: dict, metric: str) -> None:
     axes.locator_params(axis="x", nbins=5)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#999999")
-
-
-def _undated(path: Path) -> dict:
-    """The same metrics give the same file."""
-    return {"Date": None} if path.suffix.lower() == ".svg" else {}

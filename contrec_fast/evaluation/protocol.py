@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from contrec_fast import names
 from contrec_fast.data import Dataset
 from contrec_fast.engine import Recommender
 from contrec_fast.evaluation.baselines import BASELINES, QUICK, fit_baselines
@@ -19,7 +20,7 @@ from contrec_fast.evaluation.statistics import paired_bootstrap
 
 CUTOFF = 20
 BATCH = 128
-CHOICES = {"all": tuple(BASELINES), "quick": QUICK, "none": ()}
+CHOICES = dict(zip(names.BASELINES, (tuple(BASELINES), QUICK, ()), strict=True))
 
 
 def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] = "all") -> dict:
@@ -44,7 +45,8 @@ def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] 
     filter_seen = recommender.model.config.retrieval.filter_seen
     if isinstance(baselines, str):
         if baselines not in CHOICES:
-            raise ValueError(f"baselines: expected all, quick or none, got {baselines!r}")
+            expected = ", ".join(CHOICES)
+            raise ValueError(f"baselines: expected one of {expected}, got {baselines!r}")
         baselines = CHOICES[baselines]
     rows = np.flatnonzero(dataset.targets >= 0)
     if not len(rows):
@@ -53,7 +55,7 @@ def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] 
             "data.holdout=test or validation"
         )
     fitted = fit_baselines(dataset, baselines, progress, filter_seen)
-    advance = progress.stage("Evaluation", math.ceil(len(rows) / BATCH))
+    advance = progress.stage("Evaluation", math.ceil(len(rows) / BATCH), "batches")
     k = min(CUTOFF, len(dataset.items))
     found = recommender.recommend(rows, k, BATCH, advance)
     if not np.isfinite(found.scores[found.ids >= 0]).all():
@@ -114,3 +116,27 @@ def compare(
             **dict(zip(("difference", "low", "high"), interval)),
         }
     return {**result, "targets": target_counts(dataset), "filter_seen": filter_seen}
+
+
+def keep_baselines(metrics: dict, before) -> dict:
+    """`compare`'s result with the baselines that an earlier one has and this one has not.
+
+    They are of the same model and data only if the earlier metrics of the model, the targets and
+    the setting are the same; otherwise nothing of the earlier result is kept.
+    """
+    same = ("model", "targets", "filter_seen")
+    whole = isinstance(before, dict) and "against" in before
+    if not whole or any(before.get(key) != metrics[key] for key in same):
+        return metrics
+    merged = dict(metrics)
+    for key in ("baselines", "standard_errors", "coverage", "diversity", "against"):
+        if key in metrics or key in before:
+            merged[key] = {**before.get(key, {}), **metrics.get(key, {})}
+    known = merged["baselines"]
+    merged["baselines"] = {name: known[name] for name in BASELINES if name in known}
+    for metric in merged["against"]:
+        # An interval is that to the best one, which is the best of either result, too.
+        best = max(merged["baselines"], key=lambda name: known[name][metric])
+        source = metrics if best in metrics["baselines"] else before
+        merged["against"][metric] = source["against"][metric]
+    return merged

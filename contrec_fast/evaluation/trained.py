@@ -58,7 +58,7 @@ class TrainedBaseline(ABC):
     def fit(self, dataset: Dataset, progress=None):
         progress = progress or Silent()
         epochs = self._best_epochs(dataset, progress)
-        advance = progress.stage(self.title, epochs)
+        advance = progress.stage(self.title, epochs, "epochs")
         with _seeded(self.seed, self.device):
             for loss in islice(self.train(dataset), epochs):
                 advance(loss=loss)
@@ -69,7 +69,7 @@ class TrainedBaseline(ABC):
         if not any(len(history) > 2 for history in dataset.histories):
             return self.epochs
         part = dataset.for_validation()
-        advance = progress.stage(f"{self.title}, held out", self.epochs)
+        advance = progress.stage(f"{self.title}, held out", self.epochs, "epochs")
         best, best_epoch = -1.0, 0
         with _seeded(self.seed, self.device):
             for epoch, loss in enumerate(islice(self.train(part), self.epochs), 1):

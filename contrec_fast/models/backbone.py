@@ -28,14 +28,7 @@ def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig):
 
     Returns:
         (model in float32, tokenizer).
-
-    Raises:
-        ValueError: heads of an odd width, which rotary positions cannot turn.
     """
-    if config.hidden % (2 * config.heads):
-        raise ValueError(
-            f"backbone.hidden: expected a multiple of 2 x {config.heads} heads, got {config.hidden}"
-        )
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pieces.decoder = decoders.ByteLevel()

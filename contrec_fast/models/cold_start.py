@@ -84,6 +84,7 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
     Raises:
         ValueError: missing columns, an id that is taken or comes twice, an unknown user or item,
         or an item with neither text nor interactions, in one line.
+        TypeError: `frame` or `interactions` is no DataFrame.
     """
     from contrec_fast.engine import Recommender
 
@@ -160,6 +161,8 @@ def _users_of(dataset: Dataset, ids: list[str], interactions) -> list[list[int]]
 
 
 def _require_columns(name: str, frame: pd.DataFrame, *columns: str) -> None:
+    if not isinstance(frame, pd.DataFrame):
+        raise TypeError(f"{name}: expected a pandas DataFrame, got {type(frame).__name__}")
     if not set(columns) <= set(frame.columns):
         got = ", ".join(map(str, frame.columns)) or "none"
         raise ValueError(f"{name}: expected columns {', '.join(columns)}, got {got}")

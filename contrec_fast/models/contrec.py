@@ -260,10 +260,20 @@ class ContRec(nn.Module):
 
     @classmethod
     def fit(cls, dataset: Dataset, config: Config | None = None, progress=None) -> "ContRec":
-        """Train a model on a dataset's histories; see `training.train`."""
+        """Train a model on a dataset's histories; see `training.train`.
+
+        Raises:
+            TypeError: `dataset` is no Dataset, or `config` no Config.
+        """
         from contrec_fast.progress import Silent
         from contrec_fast.training import train
 
+        if not isinstance(dataset, Dataset):
+            got = type(dataset).__name__
+            raise TypeError(f"dataset: expected a Dataset as `read_data` gives it, got {got}")
+        if not isinstance(config, Config | None):
+            got = type(config).__name__
+            raise TypeError(f"config: expected a Config as `load_config` gives it, got {got}")
         return train(dataset, config or Config(), progress or Silent())
 
     def recommend(self, users=None, histories=None, k: int = 10, progress=None):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contrec_fast import names
+
 
 class TimeEmbedding(nn.Module):
     """Sinusoid of the diffusion step index followed by a two-layer perceptron.
@@ -174,4 +176,4 @@ class AdaLNDenoiser(Denoiser):
         return self.output(self.norm(hidden) * (1 + scale) + shift)
 
 
-DENOISERS = {"linear": LinearDenoiser, "mlp": MLPDenoiser, "adaln": AdaLNDenoiser}
+DENOISERS = dict(zip(names.DENOISERS, (LinearDenoiser, MLPDenoiser, AdaLNDenoiser), strict=True))

@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SCHEDULES = ("exp", "linear", "cosine", "sqrt")
-PREDICTIONS = ("x0", "eps", "v")
-METHODS = ("ddpm", "ddim", "dpm++")
+from contrec_fast.names import METHODS, PREDICTIONS, SCHEDULES
+
 MAX_BETA = 0.999
 
 

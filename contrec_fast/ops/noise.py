@@ -10,10 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from contrec_fast.names import MAX_STEPS
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-MAX_STEPS = 65536
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10):

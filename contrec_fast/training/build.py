@@ -9,7 +9,6 @@ from contrec_fast.data.templates import response_text
 from contrec_fast.models.backbone import add_adapters, load_backbone, make_tiny_backbone
 from contrec_fast.models.contrec import ContRec, make_tokenizer
 from contrec_fast.models.lightgcn import whiten
-from contrec_fast.models.schedules import respaced_indices
 from contrec_fast.training.pretraining import train_lightgcn, train_tokenizer
 
 
@@ -21,11 +20,7 @@ def build(
     Args:
         pretrain: off leaves out LightGCN and the tokenizer's training: weights come from a
         checkpoint.
-
-    Raises:
-        ValueError: settings that contradict one another, before anything is trained.
     """
-    _require_fit(config)
     torch.manual_seed(config.seed)
     backbone, text_tokenizer = _backbone(dataset, config)
     adapters = None
@@ -33,11 +28,11 @@ def build(
         adapters = add_adapters(backbone, text_tokenizer, config.backbone)
     vectors = torch.zeros(len(dataset.items), config.lightgcn.dim)
     if pretrain:
-        advance = progress.stage("LightGCN", config.lightgcn.epochs)
+        advance = progress.stage("LightGCN", config.lightgcn.epochs, "epochs")
         vectors = whiten(train_lightgcn(dataset, config.lightgcn, advance)[1])
     tokenizer = make_tokenizer(config, vectors.shape[1], backbone.config.hidden_size)
     if pretrain:
-        advance = progress.stage("Tokenizer", config.tokenizer.epochs)
+        advance = progress.stage("Tokenizer", config.tokenizer.epochs, "epochs")
         report = train_tokenizer(tokenizer, vectors, config.tokenizer, advance)
         progress.say(
             f"tokenizer keeps {report['explained']:.0%} of the variance of the item vectors; "
@@ -48,19 +43,6 @@ def build(
     if pretrain:
         model.calibrate()
     return model, adapters
-
-
-def _require_fit(config: Config) -> None:
-    head, reads_text = config.head, config.prompt.text != "none"
-    respaced_indices(head.timesteps, head.steps)
-    if head.source == "response" and not reads_text:
-        raise ValueError("head.source: expected 'hidden' where prompt.text is 'none'")
-    if head.space == "tokenizer" and config.tokenizer.kind == "residual-quantizer":
-        raise ValueError("head.space: expected 'item' with discrete tokens, got 'tokenizer'")
-    losses = ["ranking", "bpr"] + ["diffusion", "dispersive", "contrastive"] * head.diffusion
-    weights = [f"{name}_weight" for name in losses + ["text"] * reads_text]
-    if not any(getattr(config.training, weight) for weight in weights):
-        raise ValueError(f"training: expected one of {', '.join(weights)} above 0, got none")
 
 
 def _backbone(dataset: Dataset, config: Config):

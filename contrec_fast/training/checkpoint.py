@@ -13,8 +13,8 @@ from torch import nn
 from contrec_fast.config import Config
 from contrec_fast.data.files import whole_file
 from contrec_fast.data.interactions import Dataset
+from contrec_fast.names import CHECKPOINT
 
-FILE = "checkpoint.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
@@ -25,17 +25,23 @@ class Checkpoints:
 
     Attributes:
         state: what the last `save` was given, {} for a new run. has_weights: a model is saved.
-        writes: off only keeps `state`; of several processes, one writes.
+        writes: off only keeps `state`; of several processes, one writes. processes: how many
+        train together; with another number, an epoch's batches are others.
 
     Raises:
         ValueError: the folder belongs to other data or settings, or cannot be read.
     """
 
     def __init__(self, folder: Path | None, dataset: Dataset, config: Config):
-        self.path = None if folder is None else Path(folder) / FILE
+        self.path = None if folder is None else Path(folder) / CHECKPOINT
         self.fingerprint = "" if folder is None else _fingerprint(dataset, config)
-        self.state, self.has_weights, self.writes = {}, False, True
-        if self.path is None or not self.path.exists():
+        self.state, self.has_weights = {}, False
+        self.writes, self.processes = True, 1
+        if self.path is None:
+            return
+        for leftover in self.path.parent.glob(f".{CHECKPOINT}.*"):  # of a process killed in `save`
+            leftover.unlink(missing_ok=True)
+        if not self.path.exists():
             return
         try:
             with safe_open(self.path, "pt") as file:
@@ -50,6 +56,20 @@ class Checkpoints:
                 f"{self.path.parent}: expected checkpoints of the same data and settings, got "
                 "those of another run; remove the folder to start anew"
             )
+        self.processes = self.state.pop("processes", 1)
+
+    def join(self, processes: int, writes: bool) -> None:
+        """Be one of so many processes.
+
+        Raises:
+            ValueError: the checkpoint is of another number of them.
+        """
+        if self.state and processes != self.processes:
+            raise ValueError(
+                f"{self.path.parent}: expected as many processes as the run was started with "
+                f"({self.processes}), got {processes}; remove the folder to start anew"
+            )
+        self.processes, self.writes = processes, writes
 
     def save(self, state: dict, model: nn.Module | None = None, optimizer=None) -> None:
         """Replace the checkpoint: `state` (JSON), and the model and optimizer if given."""
@@ -60,7 +80,8 @@ class Checkpoints:
         for name, parameter in model.named_parameters() if model else ():
             moments = optimizer.state.get(parameter, {})
             tensors |= {f"{kind}:{name}": moments[kind] for kind in MOMENTS if kind in moments}
-        metadata = {"state": json.dumps(state | {"fingerprint": self.fingerprint})}
+        own = {"fingerprint": self.fingerprint, "processes": self.processes}
+        metadata = {"state": json.dumps(state | own)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path) as path:
             save_file({n: t.detach().contiguous() for n, t in tensors.items()}, path, metadata)

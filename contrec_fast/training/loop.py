@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 
-from contrec_fast.config import Config, TrainingConfig
+from contrec_fast.config import Config, TrainingConfig, check
 from contrec_fast.data.interactions import Dataset
 from contrec_fast.data.prompts import Prompts, Window
 from contrec_fast.environment import default_device
@@ -36,16 +36,16 @@ def train(
     launch` or `torchrun`, processes share each epoch's batches.
 
     Args:
-        progress: shows long work; `progress.stage(name, total)` returns the function that each
-        stage calls after every unit of work with the figures to show. checkpoint: folder in
-        which the state is kept after every epoch, and from which an interrupted run goes on to
-        the same weights. log: records the figures of every epoch.
+        progress: shows long work (`progress.ProgressBars`). checkpoint: folder in which the
+        state is kept after every epoch, and from which an interrupted run goes on to the same
+        weights. log: records the figures of every epoch.
 
     Raises:
-        ValueError: no user has two items, the configuration does not fit together, or the
-        checkpoints are of another run.
+        ValueError: no user has two items, the configuration does not fit together (`check`), or
+        the checkpoints are of another run or another number of processes.
         FloatingPointError: a loss is not finite.
     """
+    check(config)
     if not any(len(history) > 1 for history in dataset.histories):
         raise ValueError("histories: expected a user with at least two items, found none")
     if config.training.patience and max(map(len, dataset.histories)) < 3:
@@ -54,7 +54,8 @@ def train(
     run = _Run(config, progress, checkpoints, log)
     state = checkpoints.state
     if state:
-        progress.say(f"going on after epoch {state['epoch']} ({state['phase']})")
+        search = " of the search for the best epoch" if state["phase"] == "search" else ""
+        progress.say(f"going on after epoch {state['epoch']}{search}")
     if config.training.patience and state.get("phase") != "final":
         searched, best = run.search(dataset.for_validation())
         run.save({"phase": "final", "epoch": 0, "stop": best, "searched": searched})
@@ -71,7 +72,7 @@ class _Run:
             cpu=default_device().type == "cpu",  # where torchrun needs to be told
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        checkpoints.writes = self.accelerator.is_main_process
+        checkpoints.join(self.accelerator.num_processes, self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()  # all have read the same checkpoint
 
     def search(self, dataset: Dataset) -> tuple[int, int]:
@@ -140,7 +141,8 @@ class _Run:
             dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
         )
         steps = len(self._batches(dataset, 0))
-        advance = self.progress.stage("ContRec", (stop - state["epoch"]) * steps)
+        name = "ContRec, held out" if state["phase"] == "search" else "ContRec"
+        advance = self.progress.stage(name, stop * steps, "steps", state["epoch"] * steps)
         if stop == state["epoch"]:
             yield model, None
         for epoch in range(state["epoch"], stop):
@@ -162,7 +164,7 @@ class _Run:
                 meter.add(losses, len(windows))
                 if step % CHECK_EVERY == 0 or step == steps:
                     meter.look()
-                advance(**meter.figures)
+                advance(epoch=epoch + 1, **meter.figures)
             state["epoch"] = epoch + 1
             model.update_tokens()
             yield model, meter.figures | {"learning_rate": t.learning_rate * factor}
