@@ -18,7 +18,13 @@ from ops_cases import refused
 
 from contrec_fast.engine import Recommender
 from contrec_fast.models import cold_start
-from contrec_fast.models.cold_start import PENALTIES, embed_texts, fit_text_map, ridge_map
+from contrec_fast.models.cold_start import (
+    PENALTIES,
+    embed_texts,
+    fit_text_map,
+    ridge_map,
+    with_own_part,
+)
 from contrec_fast.models.contrec import ContRec
 
 ITEMS = 60
@@ -149,6 +155,7 @@ def test_added_items_are_served_like_any_other(fitted):
                          ids=",".join)  # fmt: skip
 def test_items_by_interactions_go_where_their_users_do(overrides, monkeypatch):
     monkeypatch.setattr(cold_start, "BATCH", 2)
+    monkeypatch.setattr(cold_start, "with_own_part", lambda vectors, *rest: vectors)
     base, shop = random_model(*overrides), small_shop()
     users = {"new-1": [4, 7, 9, 11, 2], "new-2": [8]}
     frame = new_items(item_id=["new-1", "new-2", "new-3"], title=["Tent", "", "Tent"])
@@ -164,13 +171,31 @@ def test_items_by_interactions_go_where_their_users_do(overrides, monkeypatch):
     torch.testing.assert_close(vectors[-1], by_text)
 
 
-def test_a_known_user_is_offered_what_others_like_him_chose():
-    """With a single user's choice, that user's own vector is the item's: it comes first."""
-    model = random_model()
-    user = model.dataset.user_ids[5]
-    frame = new_items(item_id=["new"], title=["Elsewhere"])
-    table = extended(model, frame, chosen_by(new=user)).recommend(users=[user], k=3)
-    assert table.item_id[0] == "new" and table.score[0] == pytest.approx(1, abs=0.2)
+@pytest.mark.parametrize("users, items, dim", [(1, 1, 2), (40, 3, 8), (129, 127, 17)])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_new_items_enter_their_share_of_lists(users, items, dim, share):
+    """Exactly so where samples leave a direction out, which is then the items' own."""
+    samples = F.normalize(F.pad(torch.randn(users, dim - 1), (0, 1)), dim=-1)
+    vectors = F.pad(torch.randn(items, dim - 1), (0, 1))
+    last = torch.rand(users)
+    found = with_own_part(vectors, samples, last, share)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(items))
+    before = samples @ F.normalize(vectors, dim=-1).T
+    entered = (samples @ found.T > last[:, None] + 1e-5).sum(0)
+    assert (entered <= max(0, round(share * users) - 1)).all()
+    few = (before > last[:, None]).sum(0) < max(1, round(share * users))
+    torch.testing.assert_close((samples @ found.T)[:, few], before[:, few], atol=1e-5, rtol=0)
+    a = F.cosine_similarity(found, vectors)
+    torch.testing.assert_close(samples @ found.T, a * before, atol=1e-5, rtol=0)
+
+
+def test_new_items_do_not_crowd_everybodys_lists():
+    """Twelve items, each chosen by all but a few: as they are sampled, they would be everywhere."""
+    model, names = trained_model(), [f"new-{number}" for number in range(12)]
+    users = {name: " ".join(model.dataset.user_ids[place:]) for place, name in enumerate(names)}
+    frame = new_items(item_id=names, title=[""] * 12)
+    table = extended(model, frame, chosen_by(**users)).recommend(k=10)
+    assert 0 < table.item_id.isin(names).mean() < 1.5 * 12 / ITEMS
 
 
 @pytest.mark.parametrize("model", [random_model, trained_model], ids=["random", "trained"])

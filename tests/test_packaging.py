@@ -15,6 +15,7 @@ import torch
 import contrec_fast
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = (".py", ".json")
 PACKAGES = {"contrec_fast": "contrec_fast", "contrec_kernels": "kernels/contrec_kernels"}
 
 
@@ -81,7 +82,7 @@ needs_build_requirements = pytest.mark.skipif(
 
 
 class Build(NamedTuple):
-    modules: set[str]  # the modules of the tree, as they are named in a wheel
+    modules: set[str]  # the modules and tables of the tree, as they are named in a wheel
     wheel: set[str]  # the names in the wheel
     sdist: set[str]  # the names in the source distribution, below its top folder
     output: str  # what the build printed
@@ -116,7 +117,8 @@ def build(run_python, folder, **environment):
     modules = {
         f"{package}/{file.relative_to(tree / path).as_posix()}"
         for package, path in PACKAGES.items()
-        for file in (tree / path).rglob("*.py")
+        for file in (tree / path).rglob("*")
+        if file.suffix in SHIPPED
     }
     return Build(modules, in_wheel, in_sdist, process.stdout + process.stderr)
 
@@ -130,7 +132,7 @@ def built(run_python, tmp_path_factory):
 def test_the_wheel_holds_the_two_packages_and_nothing_else(built):
     metadata = f"contrec_fast-{contrec_fast.__version__}.dist-info"
     assert {name.split("/")[0] for name in built.wheel} == {*PACKAGES, metadata}
-    assert {name for name in built.wheel if name.endswith(".py")} == built.modules
+    assert {name for name in built.wheel if name.endswith(SHIPPED)} == built.modules
     assert f"{metadata}/licenses/LICENSE" in built.wheel
 
 

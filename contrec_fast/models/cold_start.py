@@ -3,6 +3,10 @@
 Text: a linear map from the language model's text embedding of an item to its vector, fitted by
 ridge regression on the catalog. Interactions: the mean direction of what the model samples for the
 users that chose the item, from their histories up to then.
+
+Both are nearer to samples than the vectors of known items are, which have a part of their own that
+no sample predicts; so new items would crowd everybody's lists. They get such a part, too
+(`with_own_part`), as much as gives them the exposure of as many known items.
 """
 
 import pandas as pd
@@ -10,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from contrec_fast import ops
 from contrec_fast.data import Dataset, Items
 from contrec_fast.data.templates import response_text
 
 BATCH = 256
 FIT_ROWS = 50_000  # evenly spread over the catalog; a map of a few million numbers needs no more
+AUDIENCE = 2048  # known users, evenly spread, whose lists new items are not to crowd
+LIST = 10  # length of these lists
 PENALTIES = torch.logspace(-4, 4, 17, dtype=torch.float64)
 
 
@@ -105,11 +112,17 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
         return
     features = embed_texts(model, titles, categories)
     vectors = F.pad(features, (0, 1), value=1.0) @ model.text_map
-    if any(users):
-        recommender = Recommender(model, dataset, text=False)
-        for position, rows in enumerate(users):
-            if rows:
-                vectors[position] = _direction(recommender, rows)
+    recommender = Recommender(model, dataset, text=False)
+    for position, rows in enumerate(users):
+        if rows:
+            vectors[position] = _samples(recommender, rows).mean(0)
+    rows = [row for row, history in enumerate(dataset.histories) if len(history)]
+    rows = rows[:: -(-len(rows) // AUDIENCE)] if rows else []
+    if rows:
+        samples = _samples(recommender, rows)
+        length = min(LIST, len(dataset.items))
+        last = ops.cosine_topk(samples, recommender.catalog, length)[0][:, -1]
+        vectors = with_own_part(vectors, samples, last, LIST / len(dataset.items))
     # At the length that the catalog's vectors have: tokens are made from them, too.
     length = model.item_vectors.norm(dim=-1).mean()
     vectors = F.normalize(vectors, dim=-1) * length
@@ -127,13 +140,38 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
     model.item_tokens = torch.cat([model.item_tokens, model.encode(vectors)])
 
 
-def _direction(recommender, rows: list[int]) -> Tensor:
-    """Mean of the unit vectors sampled for some users [D]."""
+def with_own_part(vectors: Tensor, samples: Tensor, last: Tensor, share: float) -> Tensor:
+    """Unit vectors of new items, `a v + sqrt(1 - a^2) n`, each with no more than its part in lists.
+
+    n is the direction in which samples vary least, so that it hardly changes an order: `a` alone,
+    at most 1, says how near an item comes to users.
+
+    Args:
+        vectors: [M, D] directions of the new items. samples: [U, D] unit vectors of users. last:
+        [U] the score with which a known item just enters each user's list. share: of the users,
+        how many are to score an item higher than that.
+
+    Returns:
+        [M, D].
+    """
+    vectors = F.normalize(vectors, dim=-1)
+    similar = samples @ vectors.T
+    needed = torch.where(similar > 0, last[:, None] / similar, torch.inf)
+    place = max(1, min(round(share * len(samples)), len(samples)))
+    a = needed.kthvalue(place, dim=0).values.clamp(0, 1)[:, None]
+    own = torch.linalg.eigh(samples.T @ samples).eigenvectors[:, 0]
+    own = torch.where((samples @ own).mean() > 0, -own, own)
+    own = F.normalize(own - (vectors @ own)[:, None] * vectors, dim=-1)
+    return a * vectors + (1 - a.square()).sqrt() * own
+
+
+def _samples(recommender, rows: list[int]) -> Tensor:
+    """A sampled unit vector for each of some users [U, D]."""
     parts = [
         F.normalize(recommender.sample(rows[start : start + BATCH])[0][0], dim=-1)
         for start in range(0, len(rows), BATCH)
     ]
-    return torch.cat(parts).mean(0)
+    return torch.cat(parts)
 
 
 def _columns(frame: pd.DataFrame) -> tuple[list[str], list[str], list[str]]:
