@@ -139,7 +139,7 @@ app()
 """
     lists = table(run_python(code, OMP_NUM_THREADS="1").stdout)
     assert list(lists.columns) == COLUMNS and list(lists.user_id) == ["user-0002"] * 10
-    assert run_python(code, OMP_NUM_THREADS="1", closed="1").stderr == "Users 1/1\n"
+    assert run_python(code, OMP_NUM_THREADS="1", closed="1").stderr == "Users 1/1 batches\n"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ app()
     [
         (["--users", "nobody"], ["users", "'nobody'"]),
         (["--users", "user-0001,,user-0002"], ["users", "''"]),
-        (["--users", "user-0001", "--k", 0], ["k:", "60", "0"]),
+        (["--users", "user-0001", "--k", 0], ["k: expected at least 1, got 0"]),
         (["--users", "user-0001", "--k", 61], ["k:", "60", "61"]),
         (["--users", "user-0001", "--users-file", "any"], ["--users, --users-file", "got 2"]),
         (["--users", "user-0001", "--histories", "any"], ["--users, --histories", "got 2"]),
