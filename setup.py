@@ -65,9 +65,26 @@ setup(
         # Pybind11Extension adds hidden visibility and strips debugging symbols.
         Pybind11Extension(
             "contrec_fast._C",
-            sources=["csrc/bindings.cpp", "csrc/cpu/features.cpp", "csrc/cpu/philox.cpp"],
+            sources=[
+                "csrc/bindings.cpp",
+                "csrc/cpu/features.cpp",
+                "csrc/cpu/philox.cpp",
+                "csrc/cpu/topk.cpp",
+                "csrc/cpu/topk_candidates.cpp",
+                "csrc/cpu/topk_exact.cpp",
+                "csrc/cpu/topk_scan.cpp",
+            ],
             include_dirs=["csrc"],
-            depends=["csrc/cpu/features.h", "csrc/cpu/philox.h"],
+            depends=[
+                "csrc/cpu/clones.h",
+                "csrc/cpu/features.h",
+                "csrc/cpu/philox.h",
+                "csrc/cpu/topk.h",
+                "csrc/cpu/topk_candidates.h",
+                "csrc/cpu/topk_exact.h",
+                "csrc/cpu/topk_kernel.h",
+                "csrc/cpu/topk_scan.h",
+            ],
             cxx_std=17,
         )
     ],

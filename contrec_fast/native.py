@@ -68,3 +68,90 @@ def philox_normal(seed: Tensor, user_ids: Tensor, dim: int, step: int, draw: int
         threads=torch.get_num_threads(),
     )
     return out
+
+
+def topk_instruction_sets() -> list[str]:
+    """Values of `isa` below that this processor has, best first; none without the extension."""
+    return [] if _C is None else _C.topk_instruction_sets()
+
+
+def topk_statistics() -> dict[str, int]:
+    """How the latest `cosine_topk` of this process went; empty before the first.
+
+    Keys: ``kept`` (times the scan kept an item), ``rescored`` (exact scores computed), ``crowded``
+    (times that bounds alone could not thin out the kept items of a query, so that they were
+    scored exactly before the scan's end). Which items are kept depends on the threads' timing.
+    """
+    return dict(_topk_statistics)
+
+
+_topk_statistics: dict[str, int] = {}
+_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # order of Dtype in C++
+
+
+def cosine_topk(
+    queries: Tensor,
+    vectors: Tensor,
+    norms: Tensor,
+    scan: Tensor,
+    errors: Tensor,
+    groups: Tensor,
+    eligible: Tensor,
+    k: int,
+    matched: Tensor | None,
+    pi: float,
+    seen_offsets: Tensor | None,
+    seen_ids: Tensor | None,
+    seen_rows: Tensor | None,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operation `cosine_topk` in C++, for checked tensors that `serves` accepts.
+
+    The lists are the reference's, bit for bit, whatever the threads and the instruction set.
+
+    Args:
+        isa: one of `topk_instruction_sets()`, the best if not given.
+
+    Raises:
+        ValueError: an instruction set this processor lacks. IndexError: a row beyond the seen
+        lists.
+    """
+    catalog = [part.contiguous() for part in (vectors, norms, scan, errors, groups, eligible)]
+    vectors, norms, scan, errors, groups, eligible = catalog
+    queries = queries.contiguous()
+    matched = None if matched is None else matched.contiguous()
+    seen_rows = None if seen_rows is None else seen_rows.long().contiguous()
+    scores = torch.empty(len(queries), k, dtype=torch.float32)
+    ids = torch.empty(len(queries), k, dtype=torch.int64)
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    statistics = _C.cosine_topk(
+        queries=queries.data_ptr(),
+        query_dtype=_DTYPES.index(queries.dtype),
+        batch=len(queries),
+        vectors=vectors.data_ptr(),
+        vector_dtype=_DTYPES.index(vectors.dtype),
+        rows=vectors.shape[0],
+        dim=vectors.shape[1],
+        norms=norms.data_ptr(),
+        scan=scan.data_ptr(),
+        errors=errors.data_ptr(),
+        groups=groups.data_ptr(),
+        eligible=eligible.data_ptr(),
+        k=k,
+        matched=address(matched),
+        matched_groups=0 if matched is None else matched.shape[1],
+        pi=pi,
+        seen_offsets=address(seen_offsets),
+        seen_users=0 if seen_offsets is None else len(seen_offsets) - 1,
+        seen_ids=address(seen_ids),
+        seen_rows=address(seen_rows),
+        scores=scores.data_ptr(),
+        ids=ids.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    _topk_statistics.update(statistics)
+    return scores, ids

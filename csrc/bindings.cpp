@@ -6,6 +6,7 @@
 
 #include "cpu/features.h"
 #include "cpu/philox.h"
+#include "cpu/topk.h"
 
 namespace py = pybind11;
 
@@ -37,6 +38,62 @@ void philox_normal(std::uint64_t seed, std::uintptr_t user_ids, std::int64_t bat
                               column, reinterpret_cast<float*>(out), threads);
 }
 
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+py::dict cosine_topk(std::uintptr_t queries, int query_dtype, std::int64_t batch,
+                     std::uintptr_t vectors, int vector_dtype, std::int64_t rows, std::int64_t dim,
+                     std::uintptr_t norms, std::uintptr_t scan, std::uintptr_t errors,
+                     std::uintptr_t groups, std::uintptr_t eligible, std::int64_t k,
+                     std::uintptr_t matched, std::int64_t matched_groups, double pi,
+                     std::uintptr_t seen_offsets, std::int64_t seen_users, std::uintptr_t seen_ids,
+                     std::uintptr_t seen_rows, std::uintptr_t scores, std::uintptr_t ids,
+                     int threads, const char* isa) {
+  contrec::cpu::TopkArguments arguments;
+  arguments.queries = pointer<const void>(queries);
+  arguments.query_dtype = contrec::cpu::Dtype(query_dtype);
+  arguments.batch = batch;
+  arguments.vectors = pointer<const void>(vectors);
+  arguments.vector_dtype = contrec::cpu::Dtype(vector_dtype);
+  arguments.rows = rows;
+  arguments.dim = dim;
+  arguments.norms = pointer<const double>(norms);
+  arguments.scan = pointer<const std::uint16_t>(scan);
+  arguments.errors = pointer<const float>(errors);
+  arguments.groups = pointer<const std::int32_t>(groups);
+  arguments.eligible = pointer<const bool>(eligible);
+  arguments.k = k;
+  arguments.matched = pointer<const bool>(matched);
+  arguments.matched_groups = matched_groups;
+  arguments.pi = pi;
+  arguments.seen_offsets = pointer<const std::int64_t>(seen_offsets);
+  arguments.seen_users = seen_users;
+  arguments.seen_ids = pointer<const std::int64_t>(seen_ids);
+  arguments.seen_rows = pointer<const std::int64_t>(seen_rows);
+  arguments.scores = pointer<float>(scores);
+  arguments.ids = pointer<std::int64_t>(ids);
+  contrec::cpu::TopkStatistics found;
+  {
+    py::gil_scoped_release release;
+    found = contrec::cpu::cosine_topk(arguments, threads, isa);
+  }
+  py::dict statistics;
+  statistics["kept"] = found.kept;
+  statistics["rescored"] = found.rescored;
+  statistics["crowded"] = found.crowded;
+  return statistics;
+}
+
+py::list topk_instruction_sets() {
+  int count;
+  const char* const* names = contrec::cpu::topk_instruction_sets(&count);
+  py::list result;
+  for (int i = 0; i < count; ++i) result.append(names[i]);
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -47,4 +104,15 @@ PYBIND11_MODULE(_C, module) {
              py::arg("batch"), py::arg("dim"), py::arg("column"), py::arg("out"),
              py::arg("threads"),
              "Write [batch, dim] float32 normals at the address `out`; see csrc/cpu/philox.h.");
+  module.def("cosine_topk", &cosine_topk, py::kw_only(), py::arg("queries"),
+             py::arg("query_dtype"), py::arg("batch"), py::arg("vectors"), py::arg("vector_dtype"),
+             py::arg("rows"), py::arg("dim"), py::arg("norms"), py::arg("scan"),
+             py::arg("errors"), py::arg("groups"), py::arg("eligible"), py::arg("k"),
+             py::arg("matched"), py::arg("matched_groups"), py::arg("pi"),
+             py::arg("seen_offsets"), py::arg("seen_users"), py::arg("seen_ids"),
+             py::arg("seen_rows"), py::arg("scores"), py::arg("ids"), py::arg("threads"),
+             py::arg("isa"),
+             "Write scores and ids at their addresses; see TopkArguments in csrc/cpu/topk.h.");
+  module.def("topk_instruction_sets", &topk_instruction_sets,
+             "Values of `isa` that this processor has, best first.");
 }

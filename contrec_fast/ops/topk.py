@@ -10,9 +10,10 @@ that is not a candidate. So the result is the same bits whatever the batch, the 
 import torch
 from torch import Tensor
 
+from contrec_fast import native
 from contrec_fast.ops.catalog import Catalog, SeenLists, fixed_order_sum, norms_of, scan_of
 from contrec_fast.ops.checks import FLOATS, INTEGERS, check
-from contrec_fast.ops.dispatch import implements, resolve
+from contrec_fast.ops.dispatch import CPP, implements, resolve
 
 LARGEST_BONUS = 1e30  # so that scores and their bounds fit float32
 SCAN_ELEMENTS = 1 << 26  # scores held at once
@@ -103,6 +104,15 @@ def _cosine_topk(
     candidates = min(count, k + k // 2 + 32)
     in_chunks(torch.arange(len(queries), device=queries.device), candidates)
     return scores, ids
+
+
+def _no_extension(queries: Tensor, *rest) -> str | None:
+    if native.serves(queries):
+        return None
+    return native.why_missing() or "tensors on the CPU"
+
+
+implements("cosine_topk", CPP, obstacle=_no_extension)(native.cosine_topk)
 
 
 @torch.library.custom_op("contrec::cosine_topk", mutates_args=())
