@@ -124,9 +124,6 @@ def cosine_topk(
     scores = torch.empty(len(queries), k, dtype=torch.float32)
     ids = torch.empty(len(queries), k, dtype=torch.int64)
 
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
     statistics = _C.cosine_topk(
         queries=queries.data_ptr(),
         query_dtype=_DTYPES.index(queries.dtype),
@@ -141,13 +138,13 @@ def cosine_topk(
         groups=groups.data_ptr(),
         eligible=eligible.data_ptr(),
         k=k,
-        matched=address(matched),
+        matched=_address(matched),
         matched_groups=0 if matched is None else matched.shape[1],
         pi=pi,
-        seen_offsets=address(seen_offsets),
+        seen_offsets=_address(seen_offsets),
         seen_users=0 if seen_offsets is None else len(seen_offsets) - 1,
-        seen_ids=address(seen_ids),
-        seen_rows=address(seen_rows),
+        seen_ids=_address(seen_ids),
+        seen_rows=_address(seen_rows),
         scores=scores.data_ptr(),
         ids=ids.data_ptr(),
         threads=torch.get_num_threads(),
@@ -155,3 +152,59 @@ def cosine_topk(
     )
     _topk_statistics.update(statistics)
     return scores, ids
+
+
+def sampler_instruction_sets() -> list[str]:
+    """Values of `isa` below that this processor has, best first; none without the extension.
+
+    ``avx512_bf16`` multiplies in bfloat16 and sums in float32, the others do all in float32.
+    """
+    return [] if _C is None else _C.sampler_instruction_sets()
+
+
+def sample(
+    condition: Tensor,
+    seed: Tensor,
+    user_ids: Tensor,
+    samples: int,
+    noise: Tensor | None,
+    round_noise: bool,
+    coefficients: Tensor,
+    tensors: list[Tensor | None],
+    **settings,
+) -> Tensor:
+    """A sampler's chain in C++ (csrc/cpu/sampler.h).
+
+    Args:
+        condition: [B, D] float32. seed: int64 scalar. user_ids: [B] int64. noise: float32
+        [S, entries, B, D] or None. coefficients: [steps, 6] float32. tensors: the network's, in
+        the order and layout of csrc/cpu/sampler.h. settings: network, dim, hidden, depth, noises,
+        multistep, guidance and isa, as `contrec_fast._C.sample` takes them.
+
+    Returns:
+        [S, B, D] float32; a row's bits do not depend on the others or on the number of threads.
+    """
+    condition, user_ids = condition.contiguous(), user_ids.contiguous()
+    noise = None if noise is None else noise.contiguous()
+    out = torch.empty(samples, *condition.shape)
+    _C.sample(
+        tensors=[_address(tensor) for tensor in tensors],
+        steps=len(coefficients),
+        coefficients=coefficients.data_ptr(),
+        batch=len(condition),
+        samples=samples,
+        condition=condition.data_ptr(),
+        noise=_address(noise),
+        noise_entries=0 if noise is None else noise.shape[1],
+        seed=int(seed) % 2**64,
+        user_ids=user_ids.data_ptr(),
+        round_noise=round_noise,
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+        **settings,
+    )
+    return out
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,11 +1,18 @@
 // Python bindings of contrec_fast._C. The only file that includes pybind11: everything behind it
 // takes raw pointers and sizes, so that one build serves every torch version.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/features.h"
 #include "cpu/philox.h"
+#include "cpu/sampler.h"
 #include "cpu/topk.h"
 
 namespace py = pybind11;
@@ -94,6 +101,77 @@ py::list topk_instruction_sets() {
   return result;
 }
 
+using contrec::cpu::Instructions;
+
+const std::vector<std::pair<std::string, Instructions>> kInstructions = {
+    {"avx512_bf16", Instructions::kAVX512BF16},
+    {"avx512", Instructions::kAVX512},
+    {"avx2", Instructions::kAVX2},
+    {"portable", Instructions::kPortable},
+};
+
+std::vector<std::string> sampler_instruction_sets() {
+  std::vector<std::string> names;
+  for (const auto& [name, instructions] : kInstructions) {
+    if (contrec::cpu::has(instructions)) names.push_back(name);
+  }
+  return names;
+}
+
+template <class Tensors>
+void read_addresses(Tensors& tensors, const std::vector<std::uintptr_t>& addresses) {
+  if (sizeof tensors != addresses.size() * sizeof(void*)) {
+    throw std::invalid_argument("tensors: a wrong number of them");
+  }
+  std::memcpy(&tensors, addresses.data(), sizeof tensors);
+}
+
+// Tensors in the order of the network's structure in csrc/cpu/sampler.h.
+void sample(const std::string& network, const std::vector<std::uintptr_t>& tensors,
+            std::int64_t dim, std::int64_t hidden, std::int64_t depth, std::int64_t steps,
+            std::int64_t noises, bool multistep, float guidance, std::uintptr_t coefficients,
+            std::int64_t batch, std::int64_t samples, std::uintptr_t condition,
+            std::uintptr_t noise, std::int64_t noise_entries, std::uint64_t seed,
+            std::uintptr_t user_ids, bool round_noise, std::uintptr_t out,
+            const std::string& isa, int threads) {
+  contrec::cpu::SamplerJob job{};
+  if (network == "linear") {
+    job.network = contrec::cpu::Network::kLinear;
+    read_addresses(job.linear, tensors);
+  } else if (network == "mlp") {
+    job.network = contrec::cpu::Network::kMLP;
+    read_addresses(job.mlp, tensors);
+  } else {
+    const bool separable = network == "separable";
+    job.network = separable ? contrec::cpu::Network::kSeparable : contrec::cpu::Network::kAdaLN;
+    read_addresses(job.adaln, tensors);
+  }
+  job.dim = dim;
+  job.hidden = hidden;
+  job.depth = depth;
+  job.steps = steps;
+  job.noises = noises;
+  job.multistep = multistep;
+  job.guidance = guidance;
+  job.coefficients = pointer<const float>(coefficients);
+  job.batch = batch;
+  job.samples = samples;
+  job.condition = pointer<const float>(condition);
+  job.noise = pointer<const float>(noise);
+  job.noise_entries = noise_entries;
+  job.seed = seed;
+  job.user_ids = pointer<const std::int64_t>(user_ids);
+  job.round_noise = round_noise;
+  job.out = pointer<float>(out);
+  for (const auto& [name, set] : kInstructions) {
+    if (name == isa && contrec::cpu::has(set)) {
+      py::gil_scoped_release release;
+      return contrec::cpu::sample(job, set, threads);
+    }
+  }
+  throw std::invalid_argument("isa: not on this processor: " + isa);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -115,4 +193,13 @@ PYBIND11_MODULE(_C, module) {
              "Write scores and ids at their addresses; see TopkArguments in csrc/cpu/topk.h.");
   module.def("topk_instruction_sets", &topk_instruction_sets,
              "Values of `isa` that this processor has, best first.");
+  module.def("sampler_instruction_sets", &sampler_instruction_sets,
+             "Values of `isa` below that this processor has, best first.");
+  module.def("sample", &sample, py::kw_only(), py::arg("network"), py::arg("tensors"),
+             py::arg("dim"), py::arg("hidden"), py::arg("depth"), py::arg("steps"),
+             py::arg("noises"), py::arg("multistep"), py::arg("guidance"),
+             py::arg("coefficients"), py::arg("batch"), py::arg("samples"), py::arg("condition"),
+             py::arg("noise"), py::arg("noise_entries"), py::arg("seed"), py::arg("user_ids"),
+             py::arg("round_noise"), py::arg("out"), py::arg("isa"), py::arg("threads"),
+             "Write [samples, batch, dim] float32 at the address `out`; see csrc/cpu/sampler.h.");
 }

@@ -5,7 +5,7 @@ Identity 1, the law of the linear chain, is tested in test_ops_sampling.py.
 
 import pytest
 import torch
-from ops_cases import KINDS, make_denoiser, relative_error
+from ops_cases import KINDS, make_denoiser, make_pair, relative_error
 from torch.nn.functional import gelu, layer_norm, silu
 
 from contrec_fast import ops
@@ -96,9 +96,7 @@ def test_pre_activation_state(method, prediction, guidance):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dtypes(kind, dtype):
     """Matrices as they were, sums of products in float32 at least and rounded once."""
-    low = make_denoiser(kind, DIM, dtype)
-    exact = KINDS[kind](DIM).double()
-    exact.load_state_dict(low.state_dict())
+    low, exact = make_pair(kind, DIM, dtype)
     plan = ops.plan_sampling(low)
     found = hoist(plan.description, plan.weights, plan.times)
     expected = hoist(plan.description, list(exact.parameters()), plan.times.double())

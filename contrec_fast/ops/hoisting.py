@@ -15,11 +15,14 @@ Sums of products are formed in float64 and returned in float32 (float64 for floa
 matrices that are only cut out keep the weights' dtype.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from contrec_fast.ops.denoise import rebuild
 
@@ -164,6 +167,34 @@ def pre_activation(hoisted: HoistedMLP) -> PreActivation:
     merged, bias = of_x @ hoisted.output.double(), of_x @ hoisted.output_bias.double()
     wide = _wide(hoisted.of_x)
     return PreActivation(merged.to(wide), bias.to(wide))
+
+
+def once_per_plan(prepare: Callable) -> Callable:
+    """Decorator: remember what `prepare(weights, times, coefficients, *rest)` makes of a plan.
+
+    Operators take tensors only, so what is prepared belongs to the plan's first weight, with
+    which it is dropped. It cannot go stale: it is used again only for tensors at the same
+    addresses with the same version counters (writing to a tensor counts one on), and the others
+    are kept until then, so that nothing else can have come to lie there.
+    """
+    plans = WeakTensorKeyDictionary()
+
+    @functools.wraps(prepare)
+    def prepared(weights: list[Tensor], times: Tensor, coefficients: Tensor, *rest):
+        tensors = [*weights, times, coefficients]
+        state = [version(tensor) for tensor in tensors]
+        known = plans.setdefault(weights[0], {})
+        if rest not in known or known[rest][0] != state:
+            with torch.no_grad():
+                known[rest] = state, tensors[1:], prepare(weights, times, coefficients, *rest)
+        return known[rest][2]
+
+    return prepared
+
+
+def version(tensor: Tensor) -> tuple:
+    """Changes when a tensor is written to or replaced (inference tensors keep no count)."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

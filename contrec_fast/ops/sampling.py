@@ -8,6 +8,7 @@ distribution, which is Gaussian for a linear denoiser (all of its steps are affi
 import torch
 from torch import Tensor, nn
 
+import contrec_fast.ops.sampling_cpp  # noqa: F401, registers itself
 from contrec_fast import native
 from contrec_fast.models.denoisers import Denoiser, LinearDenoiser
 from contrec_fast.models.schedules import (
@@ -20,8 +21,8 @@ from contrec_fast.models.schedules import (
 )
 from contrec_fast.ops.checks import check
 from contrec_fast.ops.denoise import describe, guided
-from contrec_fast.ops.dispatch import REFERENCE, implements, resolve
-from contrec_fast.ops.hoisting import linear_law
+from contrec_fast.ops.dispatch import implements, resolve
+from contrec_fast.ops.hoisting import linear_law, version
 from contrec_fast.ops.noise import MAX_STEPS, philox_normal
 
 # Matrix products of few rows take other code paths in CPU libraries and round differently;
@@ -138,7 +139,7 @@ class SamplingPlan(nn.Module):
         self.description, self.guidance, self.dim = describe(denoiser), guidance, denoiser.dim
         self.linear = isinstance(denoiser, LinearDenoiser)
         # Not registered: only watched, to notice that the plan has grown stale.
-        self._sources = tuple((p, _version(p)) for p in denoiser.parameters())
+        self._sources = tuple((p, version(p)) for p in denoiser.parameters())
         device = denoiser.null_condition.device
         indices = respaced_indices(timesteps, steps)
         alpha_bar = alpha_bars(schedule, timesteps)
@@ -222,26 +223,18 @@ class SamplingPlan(nn.Module):
         seed = seed.to(device)
         if noise is not None:
             noise = self._check_noise(noise, condition, samples, draw)
-        if draw == "law":
-            if backend not in ("auto", REFERENCE):
-                raise ValueError(f"backend: draw='law' has auto, {REFERENCE}, got {backend!r}")
-            y = self._draw_law(condition, seed, user_ids, samples, noise)
+        chain = self._chain() if draw == "path" else self._law_chain()
+        arguments = condition, seed, user_ids, samples, noise, *chain
+        if torch.compiler.is_compiling():
+            y = torch.ops.contrec.sample(*arguments, backend)
         else:
-            arguments = (
-                condition, seed, user_ids, samples, noise, self.weights, self.times,
-                self.coefficients, self.noises, self.multistep, self.description,
-                float(self.guidance),
-            )  # fmt: skip
-            if torch.compiler.is_compiling():
-                y = torch.ops.contrec.sample(*arguments, backend)
-            else:
-                with torch.no_grad():
-                    y = resolve("sample", backend, *arguments)(*arguments)
+            with torch.no_grad():
+                y = resolve("sample", backend, *arguments)(*arguments)
         return y if samples > 1 else y[0]
 
     def check_fresh(self):
         """Raise RuntimeError if the denoiser has changed since the plan was made."""
-        if any(_version(parameter) != version for parameter, version in self._sources):
+        if any(version(parameter) != made for parameter, made in self._sources):
             raise RuntimeError(
                 "plan: the denoiser's parameters changed after plan_sampling; make a new plan"
             )
@@ -256,22 +249,31 @@ class SamplingPlan(nn.Module):
             raise ValueError(f"noise: expected {needed} or {self.steps} steps, got {entries}")
         return noise if samples > 1 else noise[None]
 
+    def _chain(self) -> tuple:
+        """The operator's arguments from `weights` on."""
+        return (
+            self.weights, self.times, self.coefficients, self.noises, self.multistep,
+            self.description, float(self.guidance),
+        )  # fmt: skip
+
     @torch.no_grad()
-    def _draw_law(self, condition, seed, user_ids, samples, noise):
-        if self._law is None or self._law[0].device != condition.device:
-            weight, bias = self.get_buffer("weight_output_weight"), self.weight_output_bias
-            self._law = linear_law(
-                weight, bias, self.weight_null_condition, self.times, self.coefficients,
-                self.guidance,
-            )  # fmt: skip
-        matrix, offset, factor = self._law
-        z = step_noise(condition, seed, user_ids, samples, noise, 0)
-        return condition @ matrix.T + offset + z @ factor.T
-
-
-def _version(parameter: Tensor) -> tuple:
-    """Changes when a parameter is written to or replaced (inference tensors keep no count)."""
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+    def _law_chain(self) -> tuple:
+        """The chain's law as a chain of one step, whose prediction is `L x_T + M h + m`."""
+        if self._law is None or self._law[1].device != self.times.device:
+            weight, null = self.weight_output_weight, self.weight_null_condition
+            matrix, offset, factor = linear_law(
+                weight, self.weight_output_bias, null, self.times, self.coefficients, self.guidance
+            )
+            law = {
+                "weight_null_condition": torch.zeros_like(null),
+                "weight_output_weight": torch.cat([factor, matrix, torch.zeros_like(matrix)], 1),
+                "weight_output_bias": offset,
+            }
+            weights = [law.get(name, own) for name, own in zip(self._names, self.weights)]
+            last = self.coefficients.new_tensor([[1, 0, 0, 0, 0, 1]])
+            times = torch.zeros_like(self.times[:1])
+            self._law = weights, times, last, 1, False, self.description, 0.0
+        return self._law
 
 
 def plan_sampling(

@@ -135,18 +135,23 @@ CONTREC_CLONES void normals(std::uint64_t seed, std::uint64_t user, std::uint32_
 
 }  // namespace
 
+void philox_row(std::uint64_t seed, std::int64_t user_id, std::uint32_t column, std::int64_t dim,
+                float* out) {
+  const std::int64_t width = 4 * kBlocks;
+  alignas(64) float buffer[4 * kBlocks];
+  for (std::int64_t start = 0; start < dim; start += width) {
+    const std::int64_t wanted = std::min(width, dim - start);
+    const int count = int((wanted + 3) / 4);
+    normals(seed, std::uint64_t(user_id), column, std::uint32_t(start / 4), count, buffer);
+    std::memcpy(out + start, buffer, std::size_t(wanted) * sizeof(float));
+  }
+}
+
 void philox_normal(std::uint64_t seed, const std::int64_t* user_ids, std::int64_t batch,
                    std::int64_t dim, std::uint32_t column, float* out, int threads) {
-  const std::int64_t width = 4 * kBlocks;
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch * dim >= kParallelFrom)
   for (std::int64_t row = 0; row < batch; ++row) {
-    alignas(64) float buffer[4 * kBlocks];
-    for (std::int64_t start = 0; start < dim; start += width) {
-      const std::int64_t wanted = std::min(width, dim - start);
-      const int count = int((wanted + 3) / 4);
-      normals(seed, std::uint64_t(user_ids[row]), column, std::uint32_t(start / 4), count, buffer);
-      std::memcpy(out + row * dim + start, buffer, std::size_t(wanted) * sizeof(float));
-    }
+    philox_row(seed, user_ids[row], column, dim, out + row * dim);
   }
 }
 

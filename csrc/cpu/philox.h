@@ -12,4 +12,8 @@ namespace contrec::cpu {
 void philox_normal(std::uint64_t seed, const std::int64_t* user_ids, std::int64_t batch,
                    std::int64_t dim, std::uint32_t column, float* out, int threads);
 
+// One row of the above.
+void philox_row(std::uint64_t seed, std::int64_t user_id, std::uint32_t column, std::int64_t dim,
+                float* out);
+
 }  // namespace contrec::cpu

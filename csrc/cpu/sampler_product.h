@@ -1,0 +1,141 @@
+// Products and element-wise functions for one set of instructions: included by each sampler_*.cpp
+// through sampler_chain.h, after it has defined, in the unnamed namespace,
+//
+// - Vec: kWidth floats with load, store, set, + - * /, fma, min, max, nearest, times_power_of_two
+//   and sum;
+// - Element, the type of what is multiplied, with store_elements(Element*, Vec);
+// - kPair, how many of them a column of an Operand has; load_operand(const Element*) for
+//   Vec::kWidth columns, broadcast(const Element*) of one such column to all, and
+//   multiply(Operand, Operand, Vec sum), which adds the kPair products of each column;
+// - kTile, rows of a tile of sums that fit the registers.
+//
+// No functions of the standard library here: compiled for these instructions, they could be taken
+// by the linker for the rest of the program.
+
+#pragma once
+
+namespace contrec::cpu {
+namespace {
+
+using Int = std::int64_t;
+
+constexpr int kStrip = 2 * Vec::kWidth;  // columns of a tile
+constexpr Int kDepth = 256 * kPair;      // inner dimension at a time: its weights stay in L1
+static_assert(kPanel % kStrip == 0, "a panel is a whole number of strips");
+
+inline float rounded_to_bf16(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  __builtin_memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+inline Int smaller(Int a, Int b) { return a < b ? a : b; }
+inline Int round_up(Int value, Int unit) { return (value + unit - 1) / unit * unit; }
+
+// c[R, kStrip] += a[R, depth] b, b a strip of a panel.
+template <int R>
+__attribute__((noinline)) void tile(const Element* a, Int stride, const Element* b, Int depth,
+                                    float* c) {
+  Vec sums[R][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Vec::set(0.0f);
+  for (Int k = 0; k < depth; k += kPair) {
+    const Operand left = load_operand(b), right = load_operand(b + kPair * Vec::kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Operand x = broadcast(a + r * stride + k);
+      sums[r][0] = multiply(x, left, sums[r][0]);
+      sums[r][1] = multiply(x, right, sums[r][1]);
+    }
+    b += kPair * kPanel;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    for (int half = 0; half < 2; ++half) {
+      float* place = c + r * kPanel + half * Vec::kWidth;
+      (Vec::load(place) + sums[r][half]).store(place);
+    }
+  }
+}
+
+template <int R = kTile>
+void any_tile(Int rows, const Element* a, Int stride, const Element* b, Int depth, float* c) {
+  if (rows == R) return tile<R>(a, stride, b, depth, c);
+  if constexpr (R > 1) any_tile<R - 1>(rows, a, stride, b, depth, c);
+}
+
+// epilogue(row, column, Vec) for each vector of a[rows, depth] times a matrix [columns, depth].
+template <class Epilogue>
+inline void product(const Element* a, Int stride, Int rows, const void* matrix, Int depth,
+                    Int columns, Epilogue&& epilogue) {
+  alignas(64) float c[2 * kMaxRows * kPanel];
+  const Int padded = round_up(depth, 2), tiles = (rows + kTile - 1) / kTile;
+  const Element* panel = static_cast<const Element*>(matrix);
+  for (Int column = 0; column < columns; column += kPanel, panel += padded * kPanel) {
+    for (Int i = 0; i < rows * kPanel; ++i) c[i] = 0.0f;
+    for (Int k = 0; k < padded; k += kDepth) {
+      const Int part = smaller(kDepth, padded - k);
+      Int row = 0;
+      for (Int t = 0; t < tiles; ++t) {
+        const Int count = (rows - row + tiles - t - 1) / (tiles - t);  // tiles of nearly one size
+        for (int strip = 0; strip < kPanel; strip += kStrip) {
+          any_tile(count, a + row * stride + k, stride, panel + k * kPanel + kPair * strip, part,
+                   c + row * kPanel + strip);
+        }
+        row += count;
+      }
+    }
+    for (Int row = 0; row < rows; ++row) {
+      for (int i = 0; i < kPanel; i += Vec::kWidth) {
+        epilogue(row, column + i, Vec::load(c + row * kPanel + i));
+      }
+    }
+  }
+}
+
+// x Phi(x), with erf a rational function fitted to within 2e-8; |x| above 3.925 sqrt(2) is 0 or x.
+inline Vec gelu(Vec x) {
+  const Vec bound = Vec::set(3.925f);
+  const Vec z = min(max(x * Vec::set(0.70710678f), Vec::set(0.0f) - bound), bound);
+  const Vec y = z * z;
+  Vec p = Vec::set(2.04603816200688e-06f), q = Vec::set(3.8047957787057385e-05f);
+  p = fma(p, y, Vec::set(0.0002848448057193309f));
+  q = fma(q, y, Vec::set(0.00116386276204139f));
+  p = fma(p, y, Vec::set(0.0037725630681961775f));
+  q = fma(q, y, Vec::set(0.014983221888542175f));
+  p = fma(p, y, Vec::set(0.052769340574741364f));
+  q = fma(q, y, Vec::set(0.11418280005455017f));
+  p = fma(p, y, Vec::set(0.1905938982963562f));
+  q = fma(q, y, Vec::set(0.5022421479225159f));
+  p = fma(p, y, Vec::set(1.1283791065216064f));
+  q = fma(q, y, Vec::set(1.0f));
+  const Vec half = x * Vec::set(0.5f);
+  return fma(half, z * p / q, half);
+}
+
+// exp of x in [-87, 87], by Taylor's series around the nearest multiple of log 2.
+inline Vec exponential(Vec x) {
+  const Vec n = nearest(x * Vec::set(1.44269504f));
+  Vec r = fma(n, Vec::set(-0.693359375f), x);
+  r = fma(n, Vec::set(2.12194440e-4f), r);
+  Vec s = Vec::set(1.0f / 5040);
+  s = fma(s, r, Vec::set(1.0f / 720));
+  s = fma(s, r, Vec::set(1.0f / 120));
+  s = fma(s, r, Vec::set(1.0f / 24));
+  s = fma(s, r, Vec::set(1.0f / 6));
+  s = fma(s, r, Vec::set(0.5f));
+  s = fma(s, r, Vec::set(1.0f));
+  s = fma(s, r, Vec::set(1.0f));
+  return times_power_of_two(s, n);
+}
+
+inline Vec silu(Vec x) {
+  const Vec bound = Vec::set(87.0f);
+  const Vec e = exponential(min(max(Vec::set(0.0f) - x, Vec::set(0.0f) - bound), bound));
+  return x / (Vec::set(1.0f) + e);
+}
+
+}  // namespace
+}  // namespace contrec::cpu
