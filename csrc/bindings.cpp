@@ -105,7 +105,7 @@ using contrec::cpu::Instructions;
 
 const std::vector<std::pair<std::string, Instructions>> kInstructions = {
     {"avx512_bf16", Instructions::kAVX512BF16},
-    {"avx512", Instructions::kAVX512},
+    {"avx512f", Instructions::kAVX512},
     {"avx2", Instructions::kAVX2},
     {"portable", Instructions::kPortable},
 };
