@@ -52,7 +52,7 @@ def test_bitwise_independent_of_batch_and_threads(isa, dtype, kind, dim):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            for size in (1, 3, 13, 127, 150):
+            for size in (1, 13, 127):
                 some = torch.randperm(150)[:size]
                 part = run(plan, isa, condition[some], 3, users[some], samples=2)
                 assert torch.equal(part, full[:, some])
