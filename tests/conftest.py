@@ -1,5 +1,7 @@
 """What every test shares: a fresh seed, one thread, and the skip of tests that need a GPU."""
 
+import functools
+import importlib.util
 import os
 import random
 import subprocess
@@ -11,6 +13,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+
+# Without a GPU, Triton kernels run in triton's interpreter, which is chosen when they are imported.
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for each other
 
@@ -63,3 +70,69 @@ def run_python():
         return process
 
     return run
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request):
+    """Where a test of Triton kernels runs: on a GPU, and without one in triton's interpreter."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    reason = interpreter_obstacle()
+    if reason:
+        pytest.skip(reason)
+    repair_interpreter()
+    return torch.device("cpu")
+
+
+def interpreter_obstacle():
+    """Why triton's interpreter cannot be used in this process; None where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs triton, which is not installed"
+    if not INTERPRETED:
+        return "kernels are compiled in this process: the same test runs on the GPU"
+    if tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4):
+        return f"triton's interpreter needs numpy below 2.4, found {np.__version__}"
+    return None
+
+
+@functools.cache
+def repair_interpreter():
+    """Right what triton 3.6's interpreter gets wrong, so that kernels do what they do compiled.
+
+    bfloat16 is held as raw bits: products multiply these, and casts to it cut instead of rounding.
+    An exclusive or over an axis, of which its sort consists, takes a Python call per element.
+    """
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    builder, reduction = interpreter.InterpreterBuilder, interpreter.ReduceOps
+    dot, cast, reduce = builder.create_dot, builder.cast_impl, reduction.apply_impl
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, d, *options):
+        return dot(self, widened(a), widened(b), d, *options)
+
+    def cast_impl(self, source, target):
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return widened(source)
+        if kinds != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        rounded = torch.from_numpy(np.array(source.data)).bfloat16().view(torch.uint16)
+        return interpreter.TensorHandle(rounded.numpy().reshape(source.data.shape), tl.bfloat16)
+
+    def apply_impl(self, inputs):
+        if self.combine_fn != tl.standard._xor_combine:
+            return reduce(self, inputs)
+        data = inputs[0].handle.data
+        combined = np.bitwise_xor.reduce(data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(combined, inputs[0].dtype)
+
+    builder.create_dot, builder.cast_impl, reduction.apply_impl = create_dot, cast_impl, apply_impl
+    for name in ("fp_ext", "fp_trunc"):
+        setattr(builder, f"create_{name}", cast_impl)

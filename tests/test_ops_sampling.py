@@ -15,6 +15,7 @@ from contrec_fast.ops.noise import philox_normal
 BACKENDS = [
     pytest.param(name, marks=needs_extension if name == "cpp" else ())
     for name in ops.backends()["sample"]
+    if name != "triton"  # interpreted, it is slow: test_triton_sampling.py
 ]
 # "reference" is compared in float64, the others in float32.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}

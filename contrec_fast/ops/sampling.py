@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import contrec_fast.ops.sampling_cpp  # noqa: F401, registers itself
+import contrec_fast.ops.triton_sampling  # noqa: F401, likewise
 from contrec_fast import native
 from contrec_fast.models.denoisers import Denoiser, LinearDenoiser
 from contrec_fast.models.schedules import (
