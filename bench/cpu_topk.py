@@ -9,13 +9,17 @@ its user has seen 50 items. Baselines, as fast as we could make them:
   bfloat16 scores are not exact.
 - faiss: IndexFlatIP, without the bonus and without leaving out what was seen. Where installed.
 
-"MiB" is the most memory a call held beyond what the process held before.
+"CPU us" is the median processor time of a call, of all threads together, which tells more than
+the clock on a machine that others use. "MiB" is the most memory that a call held beyond what the
+process held before.
 
     python bench/cpu_topk.py --threads 2 --out bench/results/cpu-topk.json
 """
 
 import argparse
+import ctypes
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -84,11 +88,12 @@ def peak_mib(function: Callable, *arguments) -> float | None:
         return next(int(row.split()[1]) for row in rows if row.startswith(name))
 
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed does not count as held
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = held("VmRSS")
         function(*arguments)
         return (held("VmHWM") - before) / 1024
-    except OSError:
+    except (AttributeError, OSError):
         return None
 
 
@@ -121,7 +126,7 @@ def run(items: int, dim: int, batch: int, k: int, repeats: int) -> list[dict]:
     """Records of every variant on one case; each repeat has new random queries."""
     vectors, groups = torch.randn(items, dim), torch.arange(items) % GROUPS
     functions = variants(vectors, groups, k)
-    seconds = {name: [] for name in functions}
+    seconds, processor = ({name: [] for name in functions} for _ in range(2))
     memory, counted = dict.fromkeys(functions), {}
     for repeat in range(repeats + 1):
         queries = torch.randn(batch, dim)
@@ -133,7 +138,9 @@ def run(items: int, dim: int, batch: int, k: int, repeats: int) -> list[dict]:
             if repeat == 0:  # untimed
                 memory[name] = peak_mib(call)
                 continue
+            begun = time.process_time()
             results[name], took = timed("cpu", call)
+            processor[name].append(time.process_time() - begun)
             seconds[name].append(took)
         if results:
             counted = native.topk_statistics()
@@ -147,7 +154,11 @@ def run(items: int, dim: int, batch: int, k: int, repeats: int) -> list[dict]:
             flops=2.0 * batch * items * dim, moved=bits.get(name, 4) * items * dim,
             torch_s=torch_s,
         )
-        | {"peak_mib": memory[name], "statistics": counted if name == "cpp" else None}
+        | {
+            "cpu_us": 1e6 * statistics.median(processor[name]),
+            "peak_mib": memory[name],
+            "statistics": counted if name == "cpp" else None,
+        }
         for name, took in seconds.items()
     ]  # fmt: skip
 
@@ -175,12 +186,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = environment("cpu") | {"faiss": faiss and faiss.__version__}
     found["isa"] = native.topk_instruction_sets()[0]
     print(", ".join(f"{name} {value}" for name, value in found.items()))
-    print(COLUMNS, "| MiB")
+    print(COLUMNS, "| CPU us | MiB")
     results = []
     for case in args.case or CASES:
         for one in run(*case, args.repeats):
-            peak = one["peak_mib"]
-            print(line(one), "-" if peak is None else f"{peak:.1f}", sep=" | ", flush=True)
+            peak = "-" if one["peak_mib"] is None else f"{one['peak_mib']:.1f}"
+            print(line(one), f"{one['cpu_us']:.0f}", peak, sep=" | ", flush=True)
             results.append(one)
     if args.out:
         store(args.out, found, vars(args) | {"out": str(args.out)}, results)
