@@ -124,28 +124,28 @@ def near_ties():
 
 
 def all_seen():
-    lists = [list(range(2000)), list(range(1999)), list(range(0, 2000, 16)), []]
-    return Case(torch.randn(4, 5), torch.randn(2000, 5), 6, lists)
+    lists = [list(range(3000)), list(range(2999)), list(range(0, 3000, 16)), []]
+    return Case(torch.randn(4, 5), torch.randn(3000, 5), 6, lists)
 
 
 def all_best_seen():
     vectors = torch.randn(3000, 5)
-    return Case(vectors[:1], vectors, 6, [(vectors @ vectors[0]).topk(1500).indices.tolist()])
+    return Case(vectors[:1], vectors, 6, [(vectors @ vectors[0]).topk(2500).indices.tolist()])
 
 
 def none_eligible():
-    return Case(torch.randn(2, 5), torch.randn(2000, 5), 6, eligible=torch.zeros(2000).bool())
+    return Case(torch.randn(2, 5), torch.randn(3000, 5), 6, eligible=torch.zeros(3000).bool())
 
 
 def three_eligible():
-    eligible = torch.zeros(2000).bool()
-    eligible[[7, 512, 1999]] = True
-    return Case(torch.randn(2, 5), torch.randn(2000, 5), 6, eligible=eligible)
+    eligible = torch.zeros(3000).bool()
+    eligible[[7, 512, 2999]] = True
+    return Case(torch.randn(2, 5), torch.randn(3000, 5), 6, eligible=eligible)
 
 
-def negative_cosines(pi=0.5, k=2000):
-    groups, matched = torch.arange(2000) % 3, torch.tensor([[True, False, False], [True] * 3])
-    items = -torch.rand(2000, 5) - 0.1
+def negative_cosines(pi=0.5, k=3000):
+    groups, matched = torch.arange(3000) % 3, torch.tensor([[True, False, False], [True] * 3])
+    items = -torch.rand(3000, 5) - 0.1
     return Case(torch.ones(2, 5), items, k, groups=groups, matched=matched, pi=pi)
 
 
@@ -154,18 +154,18 @@ def few_negative_cosines():
 
 
 def a_huge_bonus():
-    return everything(3, 2000, 8, 9, pi=1e30)
+    return everything(3, 3000, 8, 9, pi=1e30)
 
 
 def norms(size):
-    vectors = torch.randn(2000, 19)
-    mixed = torch.where(torch.rand(2000, 1) < 0.5, vectors, vectors * size)
+    vectors = torch.randn(3000, 19)
+    mixed = torch.where(torch.rand(3000, 1) < 0.5, vectors, vectors * size)
     return Case(torch.randn(3, 19) * size, mixed, 25)
 
 
 def norms_beyond_squares():
     case = norms(1.0)
-    case.vectors = case.vectors.double() * 10.0 ** torch.randint(-140, 140, (2000, 1)).double()
+    case.vectors = case.vectors.double() * 10.0 ** torch.randint(-140, 140, (3000, 1)).double()
     case.queries = case.queries.double() * torch.tensor([[1e-130], [1.0], [1e130]])
     return case
 
@@ -173,7 +173,7 @@ def norms_beyond_squares():
 def queries_without_direction():
     queries = torch.randn(4, 6)
     queries[0], queries[1, 2], queries[2, 0] = 0.0, torch.inf, torch.nan
-    return Case(queries, torch.randn(2000, 6), 9)
+    return Case(queries, torch.randn(3000, 6), 9)
 
 
 def negative_zeros():
@@ -216,7 +216,7 @@ def test_independent_of_tiles_and_marks(kernel_device, tiles, monkeypatch):
 
 
 def test_independent_of_the_batch(kernel_device):
-    case = everything(33, 2000, 12, 9)
+    case = everything(33, 3000, 12, 9)
     expected = case.call(backend="reference")
     for rows in (torch.tensor([4]), torch.randperm(33)[:17]):
         found = case.call(kernel_device, rows, backend="triton")
@@ -252,7 +252,7 @@ def test_bounds_are_bounds(kernel_device, pi):
     same(case.call(kernel_device, function=with_floors), expected)
 
 
-@pytest.mark.parametrize("count, chunk", [(7, 1), (300, 97), (4000, 1500), (700, 10**6)])
+@pytest.mark.parametrize("count, chunk", [(7, 1), (300, 97), (5000, 2400), (700, 10**6)])
 def test_streamed_catalogs(kernel_device, count, chunk, tmp_path):
     case = everything(3, count, 16, min(9, count))
     stored = torch.from_file(str(tmp_path / "vectors"), shared=True, size=case.vectors.numel())
@@ -265,7 +265,7 @@ def test_streamed_catalogs(kernel_device, count, chunk, tmp_path):
 def test_streamed_adversarial(kernel_device, case):
     case = case()
     expected = case.call(backend="reference")
-    same(case.call(kernel_device, function=ops.stream_topk, where="cpu", chunk=1100), expected)
+    same(case.call(kernel_device, function=ops.stream_topk, where="cpu", chunk=2300), expected)
 
 
 @pytest.mark.parametrize("k, split", [(1, 1), (9, 5), (30, 20), (60, 59)])
@@ -330,7 +330,7 @@ def test_buckets():
         return triton_topk._bucket(queries, vectors, *[None] * 5, k, matched, pi, *[None] * 3)
 
     assert bucket(64, 1_000_000, 512, 20) == "D=512 float32 queries<=64 items<=1048576 k<=32"
-    assert "bonus queries>1024 items>16777216 k>1024" in bucket(1025, 2**24 + 1, 8, 2000, 0.1)
+    assert "bonus queries>1024 items>16777216 k>1024" in bucket(1025, 2**24 + 1, 8, 3000, 0.1)
 
 
 COMPILED = """

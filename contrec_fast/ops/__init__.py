@@ -12,6 +12,7 @@ from contrec_fast.ops.dispatch import backends, last_backend
 from contrec_fast.ops.gather import gather_tokens
 from contrec_fast.ops.sampling import SamplingPlan, plan_sampling
 from contrec_fast.ops.topk import cosine_topk
+from contrec_fast.ops.triton_topk import stream_topk
 
 __all__ = [
     "Catalog",
@@ -25,4 +26,5 @@ __all__ = [
     "last_backend",
     "noise",
     "plan_sampling",
+    "stream_topk",
 ]

@@ -15,7 +15,7 @@ One pass of low precision over the catalog finds candidates, which are then scor
 Why not one maximum per block of items for the whole catalog: with N = 1M, D = 512, k = 20 and
 blocks of 16 that writes and reads again 250 KB a query and rescores (20 + spare) * 16 float32
 vectors, 1.2 MB a query; at k = 1,000 it would be 41 MB. Here it is 16 KB of sampled maxima and
-about 180 vectors, 0.4 MB (k = 1,000: 1,900, 4 MB), for 6 % more products. With one query a pass
+about 200 vectors, 0.4 MB (k = 1,000: 1,900, 4 MB), for 6 % more products. With one query a pass
 costs the same either way.
 
 Tensors of the catalog (N rows, spare and removed ones included): vectors [N, D] float64, float32,
@@ -171,7 +171,7 @@ def search(
             sampled = cut | {"ITEMS": min(64, tiles.items)}  # groups are looked up for every score
             grid = _programs(queries, tiles, row_tiles, triton.cdiv(samples, sampled["ITEMS"]))
             kernels.sample_maxima[grid](
-                unit, query_errors, scan, errors, groups, usable, matched, 1.0 + pi, maxima,
+                unit, scan, groups, usable, matched, 1.0 + pi, maxima,
                 batch, count, samples, blocks, width, row_tiles,
                 STRIDE=STRIDE, BLOCK=block, **sampled,
             )  # fmt: skip
@@ -357,13 +357,14 @@ def stream_topk(
 def _room(count: int, k: int, widening: int) -> tuple[int, int, int]:
     """Rank of the threshold among sampled maxima, slots for candidates, sampled items a maximum.
 
-    k items have k / STRIDE sampled ones among them, give or take its square root; a quarter more,
-    because bounds exceed scores. All items are candidates, and slots their number, where the
-    sample is too small or there is nothing to save.
+    k items have k / STRIDE sampled ones among them, give or take its square root. Four times the
+    candidates expected have room, because an item's upper bound exceeds its score, and items
+    may be crowded. All items are candidates, and slots their number, where the sample is too
+    small or there is nothing to save.
     """
-    expected = 1.25 * k / STRIDE
-    rank = math.ceil(expected + 4 * math.sqrt(expected) + 4) * WIDENING**widening
-    capacity = triton.next_power_of_2(max(1024 * WIDENING**widening, 2 * STRIDE * rank))
+    expected = k / STRIDE
+    rank = math.ceil(expected + 4 * math.sqrt(expected) + 5) * WIDENING**widening
+    capacity = triton.next_power_of_2(max(2048 * WIDENING**widening, 4 * STRIDE * rank))
     samples = triton.cdiv(count, STRIDE)
     wanted = max(SAMPLED_BLOCKS, 8 * rank)
     block = min(32, triton.next_power_of_2(triton.cdiv(samples, wanted)))

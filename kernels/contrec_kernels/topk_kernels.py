@@ -89,12 +89,12 @@ def item_errors(errors, eligible, items, N):
 
 @triton.jit
 def sample_maxima(
-    unit, query_errors, scan, errors, groups, eligible, matched, bonus, maxima,
+    unit, scan, groups, eligible, matched, bonus, maxima,
     B, N, samples, blocks, G, row_tiles,
     D: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, BONUS: tl.constexpr,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The largest upper bound of a score in each block of BLOCK sampled items.
+    """The largest score, about, in each block of BLOCK sampled items.
 
     The sample is every STRIDE-th item. Writes maxima [B, blocks] float32. A program keeps one tile
     of queries and strides over the tiles of items.
@@ -104,18 +104,18 @@ def sample_maxima(
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     real = tl.minimum(rows, B - 1)
     held = load_rows(unit, real, 0, D, DEPTH, WIDEN) if DEPTH >= D else 0
-    query_error = tl.load(query_errors + real)
     for tile in range(first, tl.cdiv(samples, ITEMS), step):
         items = (tile * ITEMS + tl.arange(0, ITEMS)) * STRIDE
         some = tl.minimum(items, N - 1)
-        bounds = products(unit, held, scan, real, some, D, DEPTH, WIDEN)
-        bounds += item_errors(errors, eligible, items, N)[None, :] + query_error[:, None]
+        scores = products(unit, held, scan, real, some, D, DEPTH, WIDEN)
         if BONUS:
             group = tl.load(groups + some)[None, :]
             places = real.to(tl.int64)[:, None] * G + group
             agrees = tl.load(matched + places, mask=group >= 0, other=0) != 0
-            bounds = tl.where(agrees, bounds * bonus, bounds)
-        best = tl.max(tl.reshape(bounds, (ROWS, ITEMS // BLOCK, BLOCK)), axis=2)
+            scores = tl.where(agrees, scores * bonus, scores)
+        usable = tl.load(eligible + items, mask=items < N, other=0) != 0
+        scores = tl.where(usable[None, :], scores, -float("inf"))
+        best = tl.max(tl.reshape(scores, (ROWS, ITEMS // BLOCK, BLOCK)), axis=2)
         block = tile * (ITEMS // BLOCK) + tl.arange(0, ITEMS // BLOCK)
         inside = (rows < B)[:, None] & (block < blocks)[None, :]
         tl.store(maxima + rows.to(tl.int64)[:, None] * blocks + block[None, :], best, mask=inside)
