@@ -22,6 +22,7 @@ from contrec_fast.models.cold_start import (
     PENALTIES,
     embed_texts,
     fit_text_map,
+    own_directions,
     ridge_map,
     with_own_part,
 )
@@ -155,7 +156,7 @@ def test_added_items_are_served_like_any_other(fitted):
                          ids=",".join)  # fmt: skip
 def test_items_by_interactions_go_where_their_users_do(overrides, monkeypatch):
     monkeypatch.setattr(cold_start, "BATCH", 2)
-    monkeypatch.setattr(cold_start, "with_own_part", lambda vectors, *rest: vectors)
+    monkeypatch.setattr(cold_start, "with_own_part", lambda vectors, *others: vectors)
     base, shop = random_model(*overrides), small_shop()
     users = {"new-1": [4, 7, 9, 11, 2], "new-2": [8]}
     frame = new_items(item_id=["new-1", "new-2", "new-3"], title=["Tent", "", "Tent"])
@@ -171,21 +172,24 @@ def test_items_by_interactions_go_where_their_users_do(overrides, monkeypatch):
     torch.testing.assert_close(vectors[-1], by_text)
 
 
-@pytest.mark.parametrize("users, items, dim", [(1, 1, 2), (40, 3, 8), (129, 127, 17)])
+@pytest.mark.parametrize("users, items, dim", [(1, 1, 2), (40, 3, 8), (129, 127, 37)])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_new_items_enter_their_share_of_lists(users, items, dim, share):
-    """Exactly so where samples leave a direction out, which is then the items' own."""
-    samples = F.normalize(F.pad(torch.randn(users, dim - 1), (0, 1)), dim=-1)
-    vectors = F.pad(torch.randn(items, dim - 1), (0, 1))
-    last = torch.rand(users)
-    found = with_own_part(vectors, samples, last, share)
+    """Exactly so where samples leave directions out, which are then the items' own."""
+    free = max(1, dim // 8)
+    samples = F.normalize(F.pad(torch.randn(users, dim - free), (0, free)), dim=-1)
+    vectors = F.pad(torch.randn(items, dim - free), (0, free))
+    own = F.pad(torch.randn(items, free), (dim - free, 0))
+    last = torch.rand(users) - 0.3
+    found = with_own_part(vectors, own, samples, last, share)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(items))
     before = samples @ F.normalize(vectors, dim=-1).T
-    entered = (samples @ found.T > last[:, None] + 1e-5).sum(0)
+    entered = ((samples @ found.T > last[:, None] + 1e-5) & (last[:, None] > 0)).sum(0)
     assert (entered <= max(0, round(share * users) - 1)).all()
-    few = (before > last[:, None]).sum(0) < max(1, round(share * users))
+    few = ((before > last[:, None]) & (last[:, None] > 0)).sum(0) < max(1, round(share * users))
     torch.testing.assert_close((samples @ found.T)[:, few], before[:, few], atol=1e-5, rtol=0)
     a = F.cosine_similarity(found, vectors)
+    assert (a > 1e-3).all()  # whatever the scores, something of what is known of an item stays
     torch.testing.assert_close(samples @ found.T, a * before, atol=1e-5, rtol=0)
 
 
@@ -195,7 +199,23 @@ def test_new_items_do_not_crowd_everybodys_lists():
     users = {name: " ".join(model.dataset.user_ids[place:]) for place, name in enumerate(names)}
     frame = new_items(item_id=names, title=[""] * 12)
     table = extended(model, frame, chosen_by(**users)).recommend(k=10)
-    assert 0 < table.item_id.isin(names).mean() < 1.5 * 12 / ITEMS
+    part = 12 / (ITEMS + 12)
+    assert 0.2 * part < table.item_id.isin(names).mean() < 1.3 * part
+
+
+@pytest.mark.parametrize("dim, left", [(1, 1), (7, 1), (33, 4)])
+def test_own_directions_are_where_samples_vary_least_and_differ(dim, left):
+    basis = torch.linalg.qr(torch.randn(dim, dim)).Q
+    samples = F.normalize(torch.randn(50, dim) * torch.arange(dim + 1, 1, -1) ** 4 @ basis, dim=-1)
+    keys = torch.randint(-(2**62), 2**62, (5,))
+    own = own_directions(samples, keys)
+    torch.testing.assert_close(own.norm(dim=1), torch.ones(5))
+    assert (samples.mean(0) @ own.T <= 1e-6).all()
+    torch.testing.assert_close(own_directions(samples, keys[3:]), own[3:])
+    energy, directions = torch.linalg.eigh(samples.T @ samples)
+    torch.testing.assert_close((own @ directions[:, :left]).norm(dim=1), torch.ones(5))
+    if left > 1:
+        assert torch.pdist(own).min() > 0.01
 
 
 @pytest.mark.parametrize("model", [random_model, trained_model], ids=["random", "trained"])

@@ -6,7 +6,7 @@ users that chose the item, from their histories up to then.
 
 Both are nearer to samples than the vectors of known items are, which have a part of their own that
 no sample predicts; so new items would crowd everybody's lists. They get such a part, too
-(`with_own_part`), as much as gives them the exposure of as many known items.
+(`with_own_part`), as much as gives each about the exposure of a known item.
 """
 
 import pandas as pd
@@ -17,6 +17,7 @@ from torch import Tensor
 from contrec_fast import ops
 from contrec_fast.data import Dataset, Items
 from contrec_fast.data.templates import response_text
+from contrec_fast.ops.noise import philox_normal
 
 BATCH = 256
 FIT_ROWS = 50_000  # evenly spread over the catalog; a map of a few million numbers needs no more
@@ -93,7 +94,7 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
         or an item with neither text nor interactions, in one line.
         TypeError: `frame` or `interactions` is no DataFrame.
     """
-    from contrec_fast.engine import Recommender
+    from contrec_fast.engine.recommender import Recommender, stable_id
 
     dataset = model.dataset
     if dataset is None:
@@ -116,13 +117,17 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
     for position, rows in enumerate(users):
         if rows:
             vectors[position] = _samples(recommender, rows).mean(0)
-    rows = [row for row, history in enumerate(dataset.histories) if len(history)]
-    rows = rows[:: -(-len(rows) // AUDIENCE)] if rows else []
-    if rows:
-        samples = _samples(recommender, rows)
-        length = min(LIST, len(dataset.items))
-        last = ops.cosine_topk(samples, recommender.catalog, length)[0][:, -1]
-        vectors = with_own_part(vectors, samples, last, LIST / len(dataset.items))
+    if dataset.user_ids:
+        audience = Recommender(model, dataset.complete(), text=False)  # as they will be served
+        rows = list(range(len(dataset.user_ids)))[:: -(-len(dataset.user_ids) // AUDIENCE)]
+        samples, length = _samples(audience, rows), min(LIST, len(dataset.items))
+        user = None if audience.seen is None else torch.tensor(rows, device=samples.device)
+        last = ops.cosine_topk(
+            samples, audience.catalog, length, seen=audience.seen, seen_rows=user
+        )[0][:, -1]
+        keys = torch.tensor([stable_id(item) for item in ids], device=samples.device)
+        own = own_directions(samples, keys)
+        vectors = with_own_part(vectors, own, samples, last, LIST / len(dataset.items))
     # At the length that the catalog's vectors have: tokens are made from them, too.
     length = model.item_vectors.norm(dim=-1).mean()
     vectors = F.normalize(vectors, dim=-1) * length
@@ -140,28 +145,46 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
     model.item_tokens = torch.cat([model.item_tokens, model.encode(vectors)])
 
 
-def with_own_part(vectors: Tensor, samples: Tensor, last: Tensor, share: float) -> Tensor:
-    """Unit vectors of new items, `a v + sqrt(1 - a^2) n`, each with no more than its part in lists.
+def own_directions(samples: Tensor, keys: Tensor) -> Tensor:
+    """Unit vectors [M, D] in which samples vary least, another one for each item's key.
 
-    n is the direction in which samples vary least, so that it hardly changes an order: `a` alone,
-    at most 1, says how near an item comes to users.
+    Random combinations of the D/8 principal directions of least variance (at least one).
 
     Args:
-        vectors: [M, D] directions of the new items. samples: [U, D] unit vectors of users. last:
-        [U] the score with which a known item just enters each user's list. share: of the users,
-        how many are to score an item higher than that.
+        samples: [U, D] unit vectors of users. keys: [M] int64, stable ids.
+    """
+    basis = torch.linalg.eigh(samples.T @ samples).eigenvectors
+    basis = basis[:, : max(1, samples.shape[1] // 8)]
+    seed = torch.zeros((), dtype=torch.int64, device=keys.device)
+    mixture = philox_normal(seed, keys, basis.shape[1], 0).to(basis.dtype)
+    own = F.normalize(mixture @ basis.T, dim=-1)
+    return torch.where((samples.mean(0) @ own.T > 0)[:, None], -own, own)
+
+
+def with_own_part(
+    vectors: Tensor, own: Tensor, samples: Tensor, last: Tensor, share: float
+) -> Tensor:
+    """Unit vectors of new items, `a v + sqrt(1 - a^2) n`, each with about its part in lists.
+
+    Samples vary little along n (the part of `own` that is orthogonal to v), so `a`, at most 1,
+    says how near an item comes to users; exactly so, and the part is not exceeded, where samples
+    have nothing along n.
+
+    Args:
+        vectors, own: [M, D] directions of the new items, and those of their own. samples: [U, D]
+        unit vectors of users. last: [U] the score with which a known item just enters each
+        user's list; a negative one is beaten by any new item. share: of the users, how many are
+        to score an item higher than that.
 
     Returns:
         [M, D].
     """
     vectors = F.normalize(vectors, dim=-1)
     similar = samples @ vectors.T
-    needed = torch.where(similar > 0, last[:, None] / similar, torch.inf)
+    needed = torch.where((similar > 0) & (last > 0)[:, None], last[:, None] / similar, torch.inf)
     place = max(1, min(round(share * len(samples)), len(samples)))
-    a = needed.kthvalue(place, dim=0).values.clamp(0, 1)[:, None]
-    own = torch.linalg.eigh(samples.T @ samples).eigenvectors[:, 0]
-    own = torch.where((samples @ own).mean() > 0, -own, own)
-    own = F.normalize(own - (vectors @ own)[:, None] * vectors, dim=-1)
+    a = needed.kthvalue(place, dim=0).values.clamp(max=1)[:, None]
+    own = F.normalize(own - (vectors * own).sum(1, keepdim=True) * vectors, dim=-1)
     return a * vectors + (1 - a.square()).sqrt() * own
 
 
