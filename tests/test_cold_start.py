@@ -189,7 +189,7 @@ def test_new_items_enter_their_share_of_lists(users, items, dim, share):
     few = ((before > last[:, None]) & (last[:, None] > 0)).sum(0) < max(1, round(share * users))
     torch.testing.assert_close((samples @ found.T)[:, few], before[:, few], atol=1e-5, rtol=0)
     a = F.cosine_similarity(found, vectors)
-    assert (a > 1e-3).all()  # whatever the scores, something of what is known of an item stays
+    assert (a > 0).all()  # whatever the scores, something of what is known of an item stays
     torch.testing.assert_close(samples @ found.T, a * before, atol=1e-5, rtol=0)
 
 

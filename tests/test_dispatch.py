@@ -72,9 +72,12 @@ def test_auto_on_a_gpu_takes_only_what_was_measured(operation, monkeypatch, chan
         monkeypatch.setattr(dispatch, "measurements", lambda: [row, faster])
         assert dispatch._measured("echo", gpu, torch.ones(2)) == ["cuda", "triton"]
         assert dispatch._measured("echo", gpu, torch.ones(3)) == ["cuda"]
+        assert dispatch._measured("echo", torch.device("meta"), torch.ones(2)) == []
+        slower = row | {"speedup": 0.9}
+        monkeypatch.setattr(dispatch, "measurements", lambda: [slower])
+        assert dispatch._measured("echo", gpu, torch.ones(2)) == []
 
 
 def test_stored_measurements_are_of_known_operations():
     for row in json.loads(dispatch.TABLE.read_text()):
         assert row["operation"] in dispatch._implementations
-        assert row["speedup"] > 1

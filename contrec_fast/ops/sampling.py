@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import contrec_fast.ops.sampling_cpp  # noqa: F401, registers itself
 import contrec_fast.ops.triton_sampling  # noqa: F401, likewise
-from contrec_fast import native
 from contrec_fast.models.denoisers import Denoiser, LinearDenoiser
 from contrec_fast.models.schedules import (
     alpha_bars,
@@ -39,8 +38,7 @@ def step_noise(
     if noise is not None:
         return noise[:, step]
     dim = condition.shape[1]
-    normal = native.philox_normal if native.serves(user_ids) else philox_normal
-    draws = [normal(seed, user_ids, dim, step, draw) for draw in range(samples)]
+    draws = [philox_normal(seed, user_ids, dim, step, draw) for draw in range(samples)]
     return torch.stack(draws).to(condition.dtype)
 
 
