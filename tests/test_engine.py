@@ -314,6 +314,15 @@ def test_the_held_out_item_is_read_and_left_out_in_serving_alone(filter_seen):
         assert moved > 1e-3 if held_out else moved < 1e-4
 
 
+@pytest.mark.parametrize("kind", [tuple, iter, np.array, pd.Series, dict.fromkeys])
+def test_ids_may_come_in_any_container(kind):
+    model, shop = trained_model(), small_shop()
+    users = shop.user_ids[3:5]
+    assert model.recommend(kind(users), k=np.int64(1)).user_id.tolist() == users
+    items = {"u": kind(shop.items.ids[:3])}
+    assert model.recommend(histories=items, k=1).user_id.tolist() == ["u"]
+
+
 def test_short_lists_have_fewer_rows():
     shop = small_shop()
     history = list(np.random.permutation(shop.items.ids)[: ITEMS - 2])
@@ -335,7 +344,7 @@ def test_progress_counts_batches():
         ("users", {"users": ["user-0001", "nobody"]}, "'nobody'"),
         ("users", {"users": []}, "none"),
         ("users, histories", {"users": ["user-0001"], "histories": {"u": ["SKU-0001"]}}, "both"),
-        ("users", {"histories": {}}, "none"),
+        ("histories", {"histories": {}}, "at least one user, got none"),
         ("histories", {"histories": {"u": ["SKU-0001", "SKU-9999"]}}, "'SKU-9999'"),
         ("histories", {"histories": {"u": []}}, "user 'u', got none"),
         ("k", {"k": 0}, "1 to the catalog's 60 items, got 0"),
@@ -356,9 +365,18 @@ def test_refuses_what_it_does_not_know(name, arguments, words):
         ("histories", {"histories": {"u": ["SKU-0001"], "v": "SKU-0001"}}),
         ("histories", {"histories": [["SKU-0001"]]}),
         ("histories", {"histories": "SKU-0001"}),
+        ("histories", {"histories": {7: ["SKU-0001"]}}),
+        ("histories", {"histories": {"u": None}}),
+        ("histories", {"histories": {"u": 5}}),
+        ("histories", {"histories": {"u": [["SKU-0001"]]}}),
+        ("users", {"users": 7}),
+        ("users", {"users": [["user-0001"]]}),
+        ("users", {"users": [1]}),
+        ("k", {"k": "3"}),
+        ("k", {"k": 3.0}),
     ],
 )
-def test_refuses_strings_where_lists_belong(name, arguments):
+def test_refuses_other_types(name, arguments):
     with refused(TypeError, name):
         trained_model().recommend(**arguments)
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,11 @@ class Recommender:
 
         Raises:
             ValueError: no rows, a row that no user has, or k not in 1..N, in one line.
+            TypeError: k is no whole number.
         """
+        if not isinstance(k, Integral):
+            raise TypeError(f"k: expected a whole number, got {k!r}")
+        k = int(k)
         rows, users, items = np.asarray(rows), len(self.dataset.histories), len(self.catalog)
         if not 1 <= k <= items:  # before the language model has read anything
             raise ValueError(f"k: expected 1 to the catalog's {items} items, got {k}")
@@ -179,18 +184,18 @@ def recommend(
     Raises:
         ValueError: an unknown user or item, an empty history, k not in 1..N, or a model without
         a catalog, in one line.
-        TypeError: a string where several ids belong, or `histories` that name no users.
+        TypeError: ids that are no strings, no list where several belong, `histories` that name
+        no users, or k that is no whole number.
     """
     if model.dataset is None:
         raise ValueError("model: expected one with a dataset, which names users and items")
     if users is not None and histories is not None:
         raise ValueError("users, histories: expected one of them, got both")
-    if isinstance(users, str):
-        raise TypeError(f"users: expected a list of ids, got the string {users!r}")
     dataset = model.dataset
     if histories is not None:
         dataset = _new_users(dataset, histories)
     elif users is not None:
+        users = _ids("users: expected", users)
         row_of = {user: row for row, user in enumerate(dataset.user_ids)}
         unknown = [user for user in users if user not in row_of]
         if unknown:
@@ -199,7 +204,8 @@ def recommend(
         dataset = dataset.of_users(np.array([row_of[user] for user in chosen], dtype=np.int64))
     count = len(dataset.user_ids)
     if not count:
-        raise ValueError("users: expected at least one, got none")
+        name = "users" if histories is None else "histories"
+        raise ValueError(f"{name}: expected at least one user, got none")
     dataset = dataset.complete()
     recommender = Recommender(model, dataset)
     advance = progress.stage("Users", math.ceil(count / BATCH), "batches") if progress else None
@@ -224,13 +230,10 @@ def _new_users(dataset: Dataset, histories: Mapping[str, Sequence[str]]) -> Data
     if not isinstance(histories, Mapping):
         got = type(histories).__name__
         raise TypeError(f"histories: expected a dict of users to their items, got {got}")
-    for user, items in histories.items():
-        if isinstance(items, str):
-            raise TypeError(
-                f"histories: expected a list of ids for user {user!r}, got the string {items!r}"
-            )
+    for user, items in zip(_ids("histories: expected users as", histories), histories.values()):
+        items = _ids(f"histories: expected for user {user!r}", items)
         unknown = [item for item in items if item not in index]
-        if unknown or not len(items):
+        if unknown or not items:
             got = repr(unknown[0]) if unknown else "none"
             raise ValueError(
                 f"histories: expected items of the catalog for user {user!r}, got {got}"
@@ -238,6 +241,17 @@ def _new_users(dataset: Dataset, histories: Mapping[str, Sequence[str]]) -> Data
         rows.append(np.array([index[item] for item in items], dtype=np.int64))
     targets = np.full(len(rows), -1, dtype=np.int64)
     return Dataset(dataset.items, list(histories), rows, targets)
+
+
+def _ids(expected: str, ids) -> list[str]:
+    """Several ids as a list; TypeError, which begins with `expected`, for anything else."""
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        raise TypeError(f"{expected} a list of ids, got {ids!r}")
+    ids = list(ids)
+    for other in ids:
+        if not isinstance(other, str):
+            raise TypeError(f"{expected} a list of strings, got one with {other!r}")
+    return ids
 
 
 def stable_id(user_id: str) -> int:
