@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from contrec_fast.models.condition import ConditionEncoder
 from contrec_fast.models.denoisers import Denoiser, LinearDenoiser, MLPDenoiser
 from contrec_fast.models.tokenizer import SigmaVAE
+from contrec_fast.names import MAX_STEPS
 from contrec_fast.ops.checks import FLOATS, check
 from contrec_fast.ops.sampling import SamplingPlan, plan_sampling
 
@@ -160,12 +161,13 @@ def load_released(
 
     Raises:
         TypeError, ValueError: not such a file, a key that is missing or unknown, a wrong shape
-        or dtype, a noise schedule other than exp and sqrt, in one line that names file and key.
+        or dtype, a noise schedule other than exp and sqrt, no number of timesteps or guidance, in
+        one line that names file and key.
     """
     where, content = _read(source)
     settings = dict(SETTINGS)
     if isinstance(content.get("state_dict"), Mapping):
-        settings |= _settings(where, content.get("hyper_parameters") or {})
+        settings |= _settings(f"{where}: hyper_parameters", content.get("hyper_parameters"))
         content = content["state_dict"]
     weights = _Weights(where, content)
     prefix = "diffusion_net." if weights.any("diffusion_net.") else ""
@@ -334,8 +336,13 @@ class _Weights:
             raise ValueError(f"{self.where}: expected the key {key}, got a state dict without it")
 
 
-def _settings(where: str, hyper_parameters: Mapping) -> dict:
+def _settings(where: str, hyper_parameters: Mapping | None) -> dict:
     """What a Lightning checkpoint says about the sampler, in our words."""
+    if hyper_parameters is None:
+        return {}
+    if not isinstance(hyper_parameters, Mapping):
+        kind = type(hyper_parameters).__name__
+        raise TypeError(f"{where}: expected a mapping, got {kind}")
     settings = {
         ours: hyper_parameters[theirs]
         for ours, theirs in HYPER_PARAMETERS.items()
@@ -343,10 +350,12 @@ def _settings(where: str, hyper_parameters: Mapping) -> dict:
     }
     if settings.get("schedule", "exp") not in ("exp", "sqrt"):
         # "linear" and "cosine" are not quite ours: no scaling with T, another greatest beta.
-        raise ValueError(
-            f"{where}: hyper_parameters: beta_sche: expected exp or sqrt, "
-            f"got {settings['schedule']!r}"
-        )
+        raise ValueError(f"{where}: beta_sche: expected exp or sqrt, got {settings['schedule']!r}")
+    steps, w = ((SETTINGS | settings)[name] for name in ("timesteps", "guidance"))
+    if not isinstance(steps, int) or not 1 <= steps < MAX_STEPS:
+        raise ValueError(f"{where}: timesteps: expected 1 to {MAX_STEPS - 1}, got {steps!r}")
+    if not isinstance(w, (int, float)) or not abs(w) < float("inf"):
+        raise ValueError(f"{where}: w: expected a finite number, got {w!r}")
     return settings
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from contrec_fast.compat import load_released, load_released_tokenizer
 from contrec_fast.models import LinearDenoiser, MLPDenoiser
+from contrec_fast.names import MAX_STEPS
 
 FLOAT = torch.float64
 BAD = "item_encoder.encoders.0.5.running_var"
@@ -359,3 +361,27 @@ def test_other_arguments_are_refused_in_one_line():
     assert line.endswith("hyper_parameters: beta_sche: expected exp or sqrt, got 'linear'")
     with refused(ValueError, "source"):
         load_released_tokenizer(diffusion_state())
+
+
+@pytest.mark.parametrize("value", [Namespace(w=1), 0, 7, [], ["w"], "w", True])
+def test_hyper_parameters_are_a_mapping(value):
+    line = refusal(TypeError, lightning() | {"hyper_parameters": value})
+    assert line.endswith(f"hyper_parameters: expected a mapping, got {type(value).__name__}")
+    without = load_released(lightning() | {"hyper_parameters": None})
+    assert without.settings == load_released(lightning()).settings
+
+
+@pytest.mark.parametrize(
+    "key, values, expected",
+    [
+        ("w", ("2", None, math.nan, [2]), "a finite number"),
+        ("timesteps", (None, "9", 9.0, 0, MAX_STEPS), f"1 to {MAX_STEPS - 1}"),
+        ("beta_sche", ("cosine", None, ["exp"]), "exp or sqrt"),
+    ],
+)
+def test_hyper_parameters_are_refused_with_file_and_key(tmp_path, key, values, expected):
+    path = tmp_path / "x.ckpt"
+    for value in values:
+        torch.save(lightning(**{key: value}), path)
+        line = refusal(ValueError, path, path)
+        assert line.endswith(f": hyper_parameters: {key}: expected {expected}, got {value!r}")
