@@ -250,6 +250,9 @@ def test_a_log_called_items_is_not_its_own_items_table(tmp_path):
     assert read_data(write(tmp_path, "items.csv")).items.titles == [""] * 3
 
 
+BLANKS = " " * 100_000
+
+
 @pytest.mark.parametrize(
     "column, value, expected",
     [
@@ -277,6 +280,11 @@ def test_a_log_called_items_is_not_its_own_items_table(tmp_path):
         ("category", "['Men\\'s > Shoes', 'Socks']", "Men's > Shoes"),
         ("category", '["a \\"b\\"", "c"]', 'a "b"'),
         ("category", "[ ]", ""),
+        ("categories", " \t['A' , 'B'] ", "A"),
+        # Of so many blanks each is looked at a few times, not once for each of the others.
+        pytest.param("category", f"{BLANKS}x", f"{BLANKS}x", id="blanks"),
+        pytest.param("category", f"[{BLANKS}x", f"[{BLANKS}x", id="bracket and blanks"),
+        pytest.param("category", f"'A'{BLANKS}x", f"'A'{BLANKS}x", id="quotes and blanks"),
     ],
 )
 def test_one_category_is_taken(tmp_path, column, value, expected):

@@ -111,7 +111,9 @@ class Dataset:
 
     def hold_out(self, holdout: str) -> "Dataset":
         """This dataset, whose targets are the last items, as `data.holdout` wants it."""
-        check_holdout(holdout)
+        if holdout not in NAMES["holdout"]:
+            expected = ", ".join(NAMES["holdout"])
+            raise ValueError(f"holdout: expected one of {expected}, got {holdout!r}")
         if holdout == "test":
             return self
         return self.for_validation() if holdout == "validation" else self.complete()
@@ -135,7 +137,6 @@ def read_folder(path, holdout: str = "test") -> Dataset:
 
     Raises ValueError, one line with the file and line, when anything else is found.
     """
-    check_holdout(holdout)
     folder = Path(path)
     if not folder.is_dir():
         got = "a file" if folder.exists() else "nothing"
@@ -170,12 +171,6 @@ def read_folder(path, holdout: str = "test") -> Dataset:
     histories = [sequence[:-1] for sequence in indices]
     targets = np.array([sequence[-1] for sequence in indices], dtype=np.int64)
     return Dataset(items, user_ids, histories, targets).hold_out(holdout)
-
-
-def check_holdout(holdout: str) -> None:
-    if holdout not in NAMES["holdout"]:
-        expected = ", ".join(NAMES["holdout"])
-        raise ValueError(f"holdout: expected one of {expected}, got {holdout!r}")
 
 
 def write_folder(dataset: Dataset, path) -> None:

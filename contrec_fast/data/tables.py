@@ -10,7 +10,7 @@ import pandas as pd
 from contrec_fast.config import DataConfig
 from contrec_fast.data.columns import encode, id_column, read_table, text_column, time_column
 from contrec_fast.data.files import shorten
-from contrec_fast.data.interactions import Dataset, Items, check_holdout, read_folder
+from contrec_fast.data.interactions import Dataset, Items, read_folder
 
 # The first of these that an items table has; some are what RecBole's data sets use.
 TITLES = ("title", "name", "movie_title")
@@ -18,7 +18,7 @@ CATEGORIES = ("categories", "category", "class", "genre", "genres")
 # Lists of strings as Python and JSON print them, their brackets being optional.
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 PRINTED_LIST = re.compile(
-    rf"\s*(?:\[\s*]|\[?\s*(?:{QUOTED.pattern})(?:\s*,\s*(?:{QUOTED.pattern}))*\s*]?)\s*", re.DOTALL
+    rf"\[\s*]|\[?\s*(?:{QUOTED.pattern})(?:\s*,\s*(?:{QUOTED.pattern}))*\s*]?", re.DOTALL
 )
 PHRASES = re.compile(r"[>|,]| & ")  # in columns whose blanks are within names
 
@@ -68,7 +68,6 @@ def read_data(
     (and the line, or the row of Parquet, if one is to blame), when anything else is found.
     """
     config, path = config or DataConfig(), Path(path)
-    check_holdout(config.holdout)
     if not path.exists():
         raise ValueError(f"{path}: expected a file or folder, got nothing")
     if path.is_dir() and any((path / name).exists() for name in ("train.txt", "test.txt")):
@@ -240,7 +239,7 @@ def _split(value: str | list[str | None], marks: str) -> list[str]:
     """
     if isinstance(value, list):
         return [*filter(None, value)]
-    if PRINTED_LIST.fullmatch(value):
+    if PRINTED_LIST.fullmatch(value.strip()):
         quoted = (text[1:-1].strip() for text in QUOTED.findall(value))
         return [re.sub(r"\\(['\"\\])", r"\1", text) for text in quoted if text]
     mark = next((mark for mark in marks if mark in value), None)
