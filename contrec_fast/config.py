@@ -28,12 +28,13 @@ NAMES = {
 }
 SHARES = ("dropout", "mask_ratio", "condition_dropout", "lora_dropout")
 POSITIVE = ("clip_norm", "dispersive_tau", "ranking_temperature")  # 0 divides, or learns nothing
-# Other whole numbers are below 2^31, so that no library's counter overflows.
+# Other whole numbers are below 2^31, so that no library's counter overflows, other floats finite.
 LARGEST = {
     "seed": 2**63 - 1,
     "templates": 10,
     "timesteps": MAX_STEPS - 1,
     "draws": MAX_STEPS - 1,
+    "bonus": 1e30,  # `ops.topk.LARGEST_BONUS`
 }
 
 
@@ -360,10 +361,11 @@ def _number_or_name(kind, key: str, value, where: str):
         raise ValueError(f"{where}: expected one of {', '.join(NAMES[key])}, got {value!r}")
     if kind is int and value < (least := 0 if key in MAY_BE_ZERO else 1):
         raise ValueError(f"{where}: expected at least {least}, got {value}")
-    if kind is int and value > (most := LARGEST.get(key, 2**31 - 1)):
-        raise ValueError(f"{where}: expected at most {most}, got {value}")
     if kind is float and not 0 <= value < math.inf:
         raise ValueError(f"{where}: expected a finite number, 0 or more, got {value}")
+    most = LARGEST.get(key, 2**31 - 1 if kind is int else math.inf)
+    if kind in (int, float) and value > most:
+        raise ValueError(f"{where}: expected at most {most}, got {value}")
     if key in POSITIVE and value == 0:
         raise ValueError(f"{where}: expected a number above 0, got {value}")
     if key in SHARES and value >= 1:

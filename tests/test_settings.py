@@ -1,6 +1,7 @@
 """What settings do: those that cannot work are refused in one line."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from ops_cases import refused
 from contrec_fast.config import LARGEST, Config, apply_overrides, check
 from contrec_fast.data.prompts import Window
 from contrec_fast.data.templates import TEMPLATES
+from contrec_fast.ops.topk import LARGEST_BONUS
 from contrec_fast.presets import PRESETS, demo_config
 from contrec_fast.training import train
 
@@ -94,13 +96,16 @@ def test_refuses_a_divisor_of_zero(name):
     apply_overrides(Config(), [f"{name}=1e-9"])
 
 
-@pytest.mark.parametrize("name", ["prompt.templates", "head.timesteps", "retrieval.draws"])
+@pytest.mark.parametrize(
+    "name", ["prompt.templates", "head.timesteps", "retrieval.draws", "retrieval.bonus"]
+)
 def test_refuses_more_than_there_is(name):
     most = LARGEST[name.rpartition(".")[2]]
     apply_overrides(Config(), [f"{name}={most}"])
+    more = most + 1 if isinstance(most, int) else math.nextafter(most, math.inf)
     with refused(ValueError, name):
-        apply_overrides(Config(), [f"{name}={most + 1}"])
-    assert LARGEST["templates"] == len(TEMPLATES)
+        apply_overrides(Config(), [f"{name}={more}"])
+    assert LARGEST["templates"] == len(TEMPLATES) and LARGEST["bonus"] == LARGEST_BONUS
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
