@@ -188,9 +188,12 @@ def recommend(
         new = read_histories(histories) if histories else None
         model = _load(run)
         if users is not None:
-            known = set(model.dataset.user_ids)  # an id may itself hold a comma
-            parts = [[part] if part in known else part.split(",") for part in users]
-            listed = [user.strip() for part in parts for user in part]
+            known = set(model.dataset.user_ids)  # an id may itself hold commas and blanks
+            parts = [
+                [part] if part in known else [user.strip() for user in part.split(",")]
+                for part in users
+            ]
+            listed = [user for part in parts for user in part]
         with ProgressBars() as progress:
             table = model.recommend(users=listed, histories=new, k=k, progress=progress)
         write_table(table, out)

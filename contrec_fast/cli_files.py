@@ -1,6 +1,7 @@
 """The tables that the command line reads and writes."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,9 +15,9 @@ STANDARD_OUTPUT = Path("-")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, without blanks around them; empty ones mean nothing."""
-    lines = (line.strip() for line in decode(path, read_bytes(path)).splitlines())
-    return [line for line in lines if line]
+    """The lines of a UTF-8 text file, blanks included; empty ones mean nothing."""
+    # str.splitlines would also break lines at characters that an id may have.
+    return [line for line in re.split("[\r\n]", decode(path, read_bytes(path))) if line]
 
 
 def read_histories(path: Path) -> dict[str, list[str]]:

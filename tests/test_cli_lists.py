@@ -53,24 +53,26 @@ def test_everybody_by_default_and_lists_as_long_as_there_are_items(run):
 
 def test_users_from_a_file_give_the_same_lists(run, tmp_path):
     path = tmp_path / "users.txt"
-    path.write_text("user-0002\r\n\n user-0009\n")
+    path.write_bytes(b"user-0002\r\n\nuser-0009\n")
     assert (
         succeeded("recommend", run, "--users-file", path).stdout
         == succeeded("recommend", run, "--users", "user-0002,user-0009").stdout
     )
 
 
-def test_a_user_id_may_hold_a_comma(run, tmp_path):
+@pytest.mark.parametrize("user", ["a,b", " A,1", " c ", "\u2028d\x85", "e\t"])
+def test_a_user_id_may_hold_commas_and_blanks(run, tmp_path, user):
     other = shutil.copytree(run, tmp_path / "run")
     users = pd.read_parquet(other / "data" / "users.parquet")
-    users.loc[users.user_id == "user-0002", "user_id"] = "a,b"
+    users.loc[users.user_id == "user-0002", "user_id"] = user
     users.to_parquet(other / "data" / "users.parquet")
-    lists = table(
-        succeeded(
-            "recommend", other, "--users", "a,b", "--users", "user-0001,user-0003", "--k", 1
-        ).stdout
-    )
-    assert list(lists.user_id) == ["a,b", "user-0001", "user-0003"]
+    arguments = ("--users", user, "--users", "user-0001, user-0003", "--k", 1)
+    lists = table(succeeded("recommend", other, *arguments).stdout)
+    assert list(lists.user_id) == [user, "user-0001", "user-0003"]
+    (tmp_path / "users.txt").write_text(f"user-0001\n{user}\n", encoding="utf-8")
+    arguments = ("--users-file", tmp_path / "users.txt", "--k", 1)
+    lists = table(succeeded("recommend", other, *arguments).stdout)
+    assert list(lists.user_id) == ["user-0001", user]
 
 
 def test_new_users_with_histories_get_lists_like_known_ones(run, tmp_path):
