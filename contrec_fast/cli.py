@@ -294,17 +294,17 @@ def _remove_unfinished(out: Path) -> None:
 def _evaluate(run: Path, baselines: str) -> None:
     """Measure the model and baselines, write metrics.json and metrics.png, print the table."""
     _require_run(run)
-    if baselines not in names.BASELINES:
-        expected = ", ".join(names.BASELINES)
+    if baselines not in names.BASELINE_SETS:
+        expected = ", ".join(names.BASELINE_SETS)
         raise ValueError(f"baselines: expected one of {expected}, got {baselines!r}")
-    before = _metrics_of_before(run / "metrics.json")
     from contrec_fast.data.files import whole_file
     from contrec_fast.engine import Recommender
     from contrec_fast.evaluation.charts import NAMES, bar_chart
     from contrec_fast.evaluation.protocol import evaluate as measure
-    from contrec_fast.evaluation.protocol import keep_baselines
+    from contrec_fast.evaluation.protocol import keep_baselines, read_metrics
     from contrec_fast.progress import ProgressBars
 
+    before = read_metrics(run / "metrics.json")
     model = _load(run)
     with ProgressBars() as progress:
         metrics = measure(Recommender(model, model.dataset), progress, baselines)
@@ -335,16 +335,6 @@ def _evaluate(run: Path, baselines: str) -> None:
         f"{counts['total']} targets: {counts['in_history']} in the user's own history{reach}; "
         f"{counts['unseen']} in nobody's history."
     )
-
-
-def _metrics_of_before(path: Path):
-    """What an earlier evaluation wrote, None if there was none."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; remove it to go on") from None
 
 
 def _load(run: Path):

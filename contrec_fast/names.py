@@ -9,5 +9,5 @@ METHODS = ("ddpm", "ddim", "dpm++")
 DENOISERS = ("linear", "mlp", "adaln")
 MAX_STEPS = 65536  # of a sampler; the noise has so many counters (`ops.noise`)
 
-BASELINES = ("all", "quick", "none")  # sets of them to compare with
+BASELINE_SETS = ("all", "quick", "none")  # what to compare with
 CHECKPOINT = "checkpoint.safetensors"

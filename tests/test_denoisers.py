@@ -6,6 +6,7 @@ import pytest
 import torch
 from ops_cases import KINDS, make_denoiser, refused
 
+from contrec_fast import names
 from contrec_fast.models import (
     DENOISERS,
     AdaLNDenoiser,
@@ -15,6 +16,10 @@ from contrec_fast.models import (
 )
 
 DIMS = [1, 2, 3, 64, 127]
+
+
+def test_settings_may_name_every_denoiser():
+    assert tuple(DENOISERS) == names.DENOISERS
 
 
 def linear(layer, x):

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import Recorder, small_shop, trained_model
 
+from contrec_fast import names
 from contrec_fast.engine import Recommender
 from contrec_fast.evaluation import (
+    BASELINES,
     Markov,
     bar_chart,
     catalog_coverage,
@@ -25,7 +27,13 @@ from contrec_fast.evaluation import (
     target_counts,
     user_metrics,
 )
-from contrec_fast.evaluation.protocol import compare, evaluate, keep_baselines
+from contrec_fast.evaluation.protocol import (
+    CHOICES,
+    compare,
+    evaluate,
+    keep_baselines,
+    read_metrics,
+)
 
 
 def test_metrics_by_hand():
@@ -229,8 +237,9 @@ def test_evaluate_skips_users_without_a_target(shop_of_some_targets, filter_seen
 
 def test_evaluate_knows_sets_of_baselines(shop_of_some_targets):
     recommender = Recommender(trained_model(), shop_of_some_targets)
-    for choice, names in (("none", []), ("quick", ["popularity", "itemknn", "markov"])):
-        assert list(evaluate(recommender, Recorder(), choice)["baselines"]) == names
+    for choice, kinds in (("none", []), ("quick", ["popularity", "itemknn", "markov"])):
+        assert list(evaluate(recommender, Recorder(), choice)["baselines"]) == kinds
+    assert tuple(CHOICES) == names.BASELINE_SETS and CHOICES["all"] == tuple(BASELINES)
     for choice in ("fast", ["markov", "fast"]):
         with pytest.raises(ValueError, match="baselines: expected .*, got 'fast'"):
             evaluate(recommender, Recorder(), choice)
@@ -239,12 +248,12 @@ def test_evaluate_knows_sets_of_baselines(shop_of_some_targets):
 def test_an_evaluation_keeps_what_an_earlier_one_has_measured():
     """Two that measured different baselines make the one that measured all, either way round."""
     data = make_dataset([[0]] * 31, 40, np.random.randint(40, size=31))
-    names = ("popularity", "markov", "ease", "sasrec")
-    lists = {name: random_lists(31, 40, 20) for name in names}
+    kinds = ("popularity", "markov", "ease", "sasrec")
+    lists = {name: random_lists(31, 40, 20) for name in kinds}
     model, vectors = random_lists(31, 40, 20), np.random.randn(40, 5)
 
-    def compared(*names, **options):
-        return compare(model, {name: lists[name] for name in names}, data, **options)
+    def compared(*kinds, **options):
+        return compare(model, {name: lists[name] for name in kinds}, data, **options)
 
     whole = compared(*lists, vectors=vectors)
     parts = [compared("popularity", "ease"), compared("markov", "sasrec")]
@@ -270,6 +279,39 @@ def test_an_evaluation_of_something_else_keeps_nothing(change):
         before["targets"] = before["targets"] | {"in_history": 2}
     now = compare(found, {}, data)
     assert keep_baselines(now, before) == now and not now["baselines"]
+
+
+@pytest.mark.parametrize("kinds", [(), ("markov", "lightgcn")])
+def test_metrics_are_read_whole_or_refused_by_the_part_that_is_another(tmp_path, kinds):
+    data, path = make_dataset([[0]] * 31, 40, np.arange(31)), tmp_path / "metrics.json"
+    lists = {name: random_lists(31, 40, 20) for name in kinds}
+    metrics = compare(random_lists(31, 40, 20), lists, data, np.random.randn(40, 5))
+    assert read_metrics(path) is None
+    for whole in (metrics, {name: part for name, part in metrics.items() if name != "diversity"}):
+        path.write_text(json.dumps(whole))
+        assert read_metrics(path) == whole
+
+    parts = {name: part for name, part in metrics.items() if isinstance(part, dict)}
+    wrong = [("contents", tree) for tree in (None, 5, [], "model")]
+    for name, part in parts.items():
+        wrong += [(name, metrics | {name: other}) for other in (None, 3, [], "x", [part])]
+        for key in part if name != "targets" else ():
+            for other in ("x", {}, None):
+                wrong.append((name, metrics | {name: part | {key: other}}))
+    for name in ("model", "standard_errors", "coverage", "targets"):
+        wrong.append((name, {key: part for key, part in metrics.items() if key != name}))
+    row = metrics["model"]
+    wrong.append(("baselines", metrics | {"baselines": {"mine": row}}))
+    against = {"hr@10": {"baseline": ["x"], "difference": 0, "low": 0, "high": 0}}
+    wrong.append(("against", metrics | {"against": against}))
+    for name, tree in wrong:
+        path.write_text(json.dumps(tree))
+        with pytest.raises(ValueError, match=f"json: expected metrics .* got other {name}; remove"):
+            read_metrics(path)
+    for text in ('{"model"', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="json: expected JSON, got .*; remove it to go on"):
+            read_metrics(path)
 
 
 def metrics_of(rows, filter_seen=True):

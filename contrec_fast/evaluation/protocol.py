@@ -1,11 +1,12 @@
 """The evaluation protocol: leave-one-out, the whole catalog ranked, with or without the history."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from contrec_fast import names
 from contrec_fast.data import Dataset
 from contrec_fast.engine import Recommender
 from contrec_fast.evaluation.baselines import BASELINES, QUICK, fit_baselines
@@ -20,7 +21,10 @@ from contrec_fast.evaluation.statistics import paired_bootstrap
 
 CUTOFF = 20
 BATCH = 128
-CHOICES = dict(zip(names.BASELINES, (tuple(BASELINES), QUICK, ()), strict=True))
+METRICS = ("hr@10", "ndcg@10", "hr@20", "ndcg@20")
+COMPARED = ("hr@10", "ndcg@10")
+INTERVAL = ("difference", "low", "high")
+CHOICES = {"all": tuple(BASELINES), "quick": QUICK, "none": ()}
 
 
 def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] = "all") -> dict:
@@ -108,25 +112,74 @@ def compare(
     }
     if vectors is not None:
         result["diversity"] = {name: list_diversity(ids, vectors) for name, ids in lists.items()}
-    for metric in ("hr@10", "ndcg@10") if baselines else ():
+    for metric in COMPARED if baselines else ():
         best = max(baselines, key=lambda name: means[name][metric])
         interval = paired_bootstrap(values["model"][metric], values[best][metric])
         result["against"][metric] = {
             "baseline": best,
-            **dict(zip(("difference", "low", "high"), interval)),
+            **dict(zip(INTERVAL, interval)),
         }
     return {**result, "targets": target_counts(dataset), "filter_seen": filter_seen}
 
 
-def keep_baselines(metrics: dict, before) -> dict:
+def read_metrics(path: Path) -> dict | None:
+    """The result of `compare` that a JSON file holds, None without a file.
+
+    Raises:
+        ValueError: not JSON, or another tree, in one line that names the file.
+    """
+    if not path.exists():
+        return None
+    try:
+        tree = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}; remove it to go on") from None
+    if wrong := _other_part(tree):
+        raise ValueError(
+            f"{path}: expected metrics as `evaluate` writes them, got other {wrong}; remove it "
+            "to go on"
+        )
+    return tree
+
+
+def _other_part(tree) -> str | None:
+    """What of a tree from JSON cannot be of a result of `compare`, None if all of it can."""
+    parts = ("model", "baselines", "standard_errors", "against", "coverage", "targets")
+    if not isinstance(tree, dict):
+        return "contents"
+    tree = {"diversity": {}, **tree}
+    for part in (*parts, "diversity"):
+        if not isinstance(tree.get(part), dict):
+            return part
+    own, errors = tree["baselines"], tree["standard_errors"]
+    rows = {"model": tree["model"], **own}
+    whole = {
+        "model": _has_numbers(tree["model"], METRICS),
+        "baselines": all(n in BASELINES and _has_numbers(own[n], METRICS) for n in own),
+        "standard_errors": all(_has_numbers(errors.get(name), METRICS) for name in rows),
+        "against": tree["against"].keys() == (set(COMPARED) if own else set())
+        and all(
+            _has_numbers(best, INTERVAL) and best.get("baseline") in [*own]
+            for best in tree["against"].values()
+        ),
+        "coverage": _has_numbers(tree["coverage"], rows),
+        "diversity": _has_numbers(tree["diversity"], tree["diversity"]),
+    }
+    return next((part for part, fits in whole.items() if not fits), None)
+
+
+def _has_numbers(tree, keys) -> bool:
+    return isinstance(tree, dict) and all(isinstance(tree.get(key), (int, float)) for key in keys)
+
+
+def keep_baselines(metrics: dict, before: dict | None) -> dict:
     """`compare`'s result with the baselines that an earlier one has and this one has not.
 
     They are of the same model and data only if the earlier metrics of the model, the targets and
     the setting are the same; otherwise nothing of the earlier result is kept.
     """
     same = ("model", "targets", "filter_seen")
-    whole = isinstance(before, dict) and "against" in before
-    if not whole or any(before.get(key) != metrics[key] for key in same):
+    if before is None or any(before.get(key) != metrics[key] for key in same):
         return metrics
     merged = dict(metrics)
     for key in ("baselines", "standard_errors", "coverage", "diversity", "against"):

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrec_fast import names
-
 
 class TimeEmbedding(nn.Module):
     """Sinusoid of the diffusion step index followed by a two-layer perceptron.
@@ -176,4 +174,4 @@ class AdaLNDenoiser(Denoiser):
         return self.output(self.norm(hidden) * (1 + scale) + shift)
 
 
-DENOISERS = dict(zip(names.DENOISERS, (LinearDenoiser, MLPDenoiser, AdaLNDenoiser), strict=True))
+DENOISERS = {"linear": LinearDenoiser, "mlp": MLPDenoiser, "adaln": AdaLNDenoiser}
