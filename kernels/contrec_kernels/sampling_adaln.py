@@ -19,16 +19,14 @@ def modulation(
 
     conditional: [batch, COLUMNS]. time, null: [COLUMNS], of the step; `time` with SEPARABLE.
     """
-    inside = (column < WIDTH)[None, :]
+    inside, of_users = (column < WIDTH)[None, :], branch == 0
     offset = part * WIDTH + column[None, :]
     line = user.to(tl.int64)[:, None] * COLUMNS
-    if branch == 0:
-        value = tl.load(conditional + line + offset, mask=inside, other=0).to(tl.float32)
-        if SEPARABLE:
-            value += tl.load(time + offset, mask=inside, other=0)
-    else:
-        value = tl.load(null + line * 0 + offset, mask=inside, other=0).to(tl.float32)
-    return value
+    # Masks and no branch, around which ptxas spills.
+    value = tl.load(conditional + line + offset, mask=inside & of_users, other=0).to(tl.float32)
+    if SEPARABLE:
+        value += tl.load(time + offset, mask=inside & of_users, other=0)
+    return value + tl.load(null + offset, mask=inside & (branch != 0), other=0)
 
 
 @triton.jit
