@@ -149,7 +149,7 @@ def main():
     print(COLUMNS)
     cases = [case for kind in args.kinds for case in measure(kind, args)]
     if args.out:
-        settings = vars(args) | {"out": None, "isa": native.sampler_instruction_sets()}
+        settings = vars(args) | {"isa": native.sampler_instruction_sets()}
         store(args.out, environment("cpu"), settings, cases)
 
 

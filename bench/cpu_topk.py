@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(line(one), f"{one['cpu_us']:.0f}", peak, sep=" | ", flush=True)
             results.append(one)
     if args.out:
-        store(args.out, found, vars(args) | {"out": str(args.out)}, results)
+        store(args.out, found, vars(args), results)
 
 
 if __name__ == "__main__":

@@ -392,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = cases(args, run(args))
     print(*map(line, results), sep="\n")
     if args.out:
-        store(args.out, found, vars(args) | {"out": str(args.out)}, results)
+        store(args.out, found, vars(args), results)
 
 
 if __name__ == "__main__":

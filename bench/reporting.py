@@ -128,7 +128,11 @@ def environment(device: str) -> dict:
 
 
 def store(path: Path, found: dict, settings: dict, cases: Sequence[dict]) -> None:
-    """Write the environment, the settings and the records as JSON, making the folder if need be."""
+    """Write the environment, the settings and the records as JSON, making the folder if need be.
+
+    Where files were written says nothing about a measurement, and stays out.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in settings.items() if name not in ("out", "rows")}
     stored = {"environment": found, "settings": settings, "results": list(cases)}
     path.write_text(json.dumps(stored, indent=2) + "\n")
