@@ -90,23 +90,31 @@ def interpreter_obstacle():
         return "needs triton, which is not installed"
     if not INTERPRETED:
         return "kernels are compiled in this process: the same test runs on the GPU"
-    if tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4):
-        return f"triton's interpreter needs numpy below 2.4, found {np.__version__}"
+    import triton
+
+    release = [
+        tuple(int(part) for part in module.__version__.split(".")[:2]) for module in (triton, np)
+    ]
+    if release[0] < (3, 9) and release[1] >= (2, 4):
+        found = f"found triton {triton.__version__} and numpy {np.__version__}"
+        return f"the interpreter of triton before 3.9 needs numpy below 2.4, {found}"
     return None
 
 
 @functools.cache
 def repair_interpreter():
-    """Right what triton 3.6's interpreter gets wrong, so that kernels do what they do compiled.
+    """Right what triton's interpreter gets wrong, so that kernels do what they do compiled.
 
     bfloat16 is held as raw bits: products multiply these, and casts to it cut instead of rounding.
     An exclusive or over an axis, of which its sort consists, takes a Python call per element.
+    A truth value spread over a block becomes 32-bit integers, which 3.9 refuses as a mask.
     """
     from triton import language as tl
     from triton.runtime import interpreter
 
     builder, reduction = interpreter.InterpreterBuilder, interpreter.ReduceOps
     dot, cast, reduce = builder.create_dot, builder.cast_impl, reduction.apply_impl
+    splat = builder.create_splat
 
     def widened(handle):
         if handle.dtype.scalar != tl.bfloat16:
@@ -133,6 +141,13 @@ def repair_interpreter():
         combined = np.bitwise_xor.reduce(data, axis=self.axis, keepdims=self.keep_dims)
         return self.to_tensor(combined, inputs[0].dtype)
 
+    def create_splat(self, target, value):
+        block = splat(self, target, value)
+        if value.data.dtype == bool:
+            block.data = block.data.astype(bool)
+        return block
+
     builder.create_dot, builder.cast_impl, reduction.apply_impl = create_dot, cast_impl, apply_impl
+    builder.create_splat = create_splat
     for name in ("fp_ext", "fp_trunc"):
         setattr(builder, f"create_{name}", cast_impl)
