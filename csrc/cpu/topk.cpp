@@ -54,19 +54,21 @@ void scan(const ScanKernel& kernel, bool by_rows, const QueryBlock& block, Candi
           std::int64_t start, std::int64_t stop, std::int64_t piece) {
   const TopkArguments& arguments = block.arguments;
   const ScanQueries queries = kept.queries();
-  std::vector<float> bias(static_cast<std::size_t>(piece));
+  std::vector<float> bias(static_cast<std::size_t>(piece + kLanes));
   std::vector<std::int64_t> named_row(static_cast<std::size_t>(piece));
   kept.refresh();
   for (; start < stop; start += piece) {
     const int count = int(std::min(piece, stop - start));
     bool any = false;
     for (int i = 0; i < count; ++i) {
-      const std::int64_t item = start + i;
-      any |= arguments.eligible[item];
-      bias[std::size_t(i)] = arguments.eligible[item] ? arguments.errors[item] : -kInfinity;
-      named_row[std::size_t(i)] = block.named_row(item);
+      any |= arguments.eligible[start + i];
+      bias[std::size_t(i)] = arguments.eligible[start + i] ? arguments.errors[start + i] : -kInfinity;
     }
     if (!any) continue;  // spare rows
+    std::fill_n(bias.begin() + count, kLanes, -kInfinity);
+    for (int i = 0; i < count && !by_rows; ++i) {
+      named_row[std::size_t(i)] = block.named_row(start + i);
+    }
     const ScanItems items = {arguments.scan + start * arguments.dim, start, count, bias.data(),
                              named_row.data()};
     (by_rows ? kernel.rows : kernel.panels)(queries, items, &kept, offer);

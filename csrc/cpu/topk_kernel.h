@@ -114,21 +114,35 @@ void scan_rows(const ScanQueries& queries, const ScanItems& items, void* sink, O
   const std::int64_t dim = queries.dim, full = dim / kRowAlign * kRowAlign;
   const std::int64_t width = (dim + kRowAlign - 1) / kRowAlign * kRowAlign;
   for (int query = 0; query < queries.count; ++query) {
-    for (int item = 0; item < items.count; ++item) {
-      const std::uint16_t* row = items.rows + item * dim;
-      typename Isa::Vec sum = Isa::fill(0.0f), sum2 = sum;
-      for (std::int64_t i = 0; i < full; i += kRowAlign) {
-        Isa::add_row(sum, sum2, queries.rows, query * width + i, row + i);
+    const float other = queries.other[query], matching = queries.matching[query];
+    const typename Isa::Vec least = Isa::fill(other < matching ? other : matching);
+    for (int start = 0; start < items.count; start += kLanes) {
+      typename Isa::Vec sums[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        // Beyond the last item: the last again, whose bias below is that of an item to leave out.
+        const int item = start + i < items.count ? start + i : items.count - 1;
+        const std::uint16_t* row = items.rows + item * dim;
+        typename Isa::Vec sum = Isa::fill(0.0f), sum2 = sum;
+        for (std::int64_t k = 0; k < full; k += kRowAlign) {
+          Isa::add_row(sum, sum2, queries.rows, query * width + k, row + k);
+        }
+        if (full < dim) {
+          std::uint16_t rest[kRowAlign] = {};
+          __builtin_memcpy(rest, row + full, std::size_t(dim - full) * sizeof *rest);
+          Isa::add_row(sum, sum2, queries.rows, query * width + full, rest);
+        }
+        sums[i] = Isa::plus(sum, sum2);
       }
-      if (full < dim) {
-        std::uint16_t rest[kRowAlign] = {};
-        __builtin_memcpy(rest, row + full, std::size_t(dim - full) * sizeof *rest);
-        Isa::add_row(sum, sum2, queries.rows, query * width + full, rest);
-      }
-      const float found = Isa::total(sum, sum2) + items.bias[item];
-      const float other = queries.other[query], matching = queries.matching[query];
-      if (__builtin_expect(found >= (other < matching ? other : matching), 0)) {
-        offer(sink, query, items.first + item, found);
+      const typename Isa::Vec found = Isa::plus(Isa::totals(sums), Isa::load(items.bias + start));
+      const unsigned reached = Isa::reaches(found, least, least, 0);
+      if (__builtin_expect(reached != 0, 0)) {
+        alignas(64) float values[kLanes];
+        Isa::store(values, found);
+        for (unsigned bits = reached; bits != 0; bits &= bits - 1) {
+          const int lane = __builtin_ctz(bits);
+          offer(sink, query, items.first + start + lane, values[lane]);
+        }
       }
     }
   }

@@ -7,6 +7,9 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CONTREC_X86_64 1
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own shuffles, unmasked
+#endif
 #endif
 
 // Everything between the two is compiled for an instruction set; only code that stays in this
@@ -37,6 +40,32 @@ inline float high_element(std::uint32_t pair) { return low_element(pair >> 16); 
 
 #ifdef CONTREC_X86_64
 
+CONTREC_TARGET_BEGIN("avx512f")
+// Lane i of the result is the sum over the lanes of sums[i]: each level adds the halves of two
+// vectors into one, in pairs that make the lanes come out in order.
+inline __m512 avx512_totals(const __m512 (&sums)[kLanes]) {
+  __m512 pairs[8], fours[4], eights[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 first = sums[i + i / 4 * 4], second = sums[i + i / 4 * 4 + 4];
+    pairs[i] = _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x44),
+                             _mm512_shuffle_f32x4(first, second, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(pairs[i], pairs[i + 4], 0x88),
+                             _mm512_shuffle_f32x4(pairs[i], pairs[i + 4], 0xdd));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    eights[i] = _mm512_add_ps(_mm512_unpacklo_ps(fours[i], fours[i + 2]),
+                              _mm512_unpackhi_ps(fours[i], fours[i + 2]));
+  }
+  return _mm512_add_ps(_mm512_unpacklo_ps(eights[0], eights[1]),
+                       _mm512_unpackhi_ps(eights[0], eights[1]));
+}
+CONTREC_TARGET_END
+
 CONTREC_TARGET_BEGIN("avx512f,avx512bw,avx512bf16")
 namespace avx512_bf16 {
 struct Isa {
@@ -63,7 +92,8 @@ struct Isa {
     const auto* query = static_cast<const std::uint16_t*>(queries) + start;
     sum = add(sum, _mm512_loadu_si512(query), _mm512_loadu_si512(item));
   }
-  static float total(Vec sum, Vec) { return _mm512_reduce_add_ps(sum); }
+  static Vec plus(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec totals(const Vec (&sums)[kLanes]) { return avx512_totals(sums); }
 };
 #include "cpu/topk_kernel.h"
 }  // namespace avx512_bf16
@@ -107,7 +137,8 @@ struct Isa {
     sum = _mm512_fmadd_ps(load(query), widen(item), sum);
     sum2 = _mm512_fmadd_ps(load(query + kLanes), widen(item + kLanes), sum2);
   }
-  static float total(Vec sum, Vec sum2) { return _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2)); }
+  static Vec plus(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec totals(const Vec (&sums)[kLanes]) { return avx512_totals(sums); }
 };
 #include "cpu/topk_kernel.h"
 }  // namespace avx512f
@@ -168,12 +199,22 @@ struct Isa {
     sum2.first = _mm256_fmadd_ps(_mm256_loadu_ps(query + 16), widen(item + 16), sum2.first);
     sum2.last = _mm256_fmadd_ps(_mm256_loadu_ps(query + 24), widen(item + 24), sum2.last);
   }
-  static float total(const Vec& sum, const Vec& sum2) {
-    const __m256 all = _mm256_add_ps(_mm256_add_ps(sum.first, sum.last),
-                                     _mm256_add_ps(sum2.first, sum2.last));
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  static Vec plus(const Vec& a, const Vec& b) {
+    return {_mm256_add_ps(a.first, b.first), _mm256_add_ps(a.last, b.last)};
+  }
+  // The sums over the lanes of eight vectors.
+  static __m256 totals_of_eight(const Vec* sums) {
+    __m256 pairs[4], fours[2];
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = _mm256_hadd_ps(_mm256_add_ps(sums[2 * i].first, sums[2 * i].last),
+                                _mm256_add_ps(sums[2 * i + 1].first, sums[2 * i + 1].last));
+    }
+    for (int i = 0; i < 2; ++i) fours[i] = _mm256_hadd_ps(pairs[2 * i], pairs[2 * i + 1]);
+    return _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                         _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+  }
+  static Vec totals(const Vec (&sums)[kLanes]) {
+    return {totals_of_eight(sums), totals_of_eight(sums + 8)};
   }
 };
 #include "cpu/topk_kernel.h"
@@ -231,9 +272,15 @@ struct Isa {
       sum2.lane[i] += query[kLanes + i] * low_element(item[kLanes + i]);
     }
   }
-  static float total(const Vec& sum, const Vec& sum2) {
-    float result = 0.0f;
-    for (int i = 0; i < kLanes; ++i) result += sum.lane[i] + sum2.lane[i];
+  static Vec plus(Vec a, const Vec& b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static Vec totals(const Vec (&sums)[kLanes]) {
+    Vec result = fill(0.0f);
+    for (int item = 0; item < kLanes; ++item) {
+      for (int i = 0; i < kLanes; ++i) result.lane[item] += sums[item].lane[i];
+    }
     return result;
   }
 };

@@ -28,8 +28,8 @@ struct ScanItems {
   const std::uint16_t* rows;  // [count, dim] bfloat16, the first of them is item `first`
   std::int64_t first;
   int count;
-  const float* bias;               // [count], -inf for items to leave out
-  const std::int64_t* named_row;   // [count] rows of ScanQueries.named
+  const float* bias;               // [count], -inf for items to leave out and kLanes more behind
+  const std::int64_t* named_row;   // [count] rows of ScanQueries.named; not read by `rows`
 };
 
 // Takes the kept items: query, item, bias + product. May raise the thresholds.
