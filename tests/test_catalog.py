@@ -1,5 +1,6 @@
 """`Catalog` and `SeenLists`: what they hold, items that come and go, errors."""
 
+import warnings
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -115,7 +116,8 @@ def test_vectors_and_scan_in_files(tmp_path):
     vectors = torch.randn(50, 6)
     vectors.numpy().tofile(tmp_path / "vectors")
     mapped = np.memmap(tmp_path / "vectors", np.float32, "r", shape=(50, 6))
-    with pytest.warns(UserWarning, match="not writable"):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         given = torch.from_numpy(mapped)
     scan = torch.from_file(
         str(tmp_path / "scan"), shared=True, size=300, dtype=torch.bfloat16

@@ -90,7 +90,7 @@ class Catalog:
             raise ValueError(f"vectors: expected at least one item, got {list(vectors.shape)}")
         count, dim = vectors.shape
         capacity = count if capacity is None else capacity
-        if not isinstance(capacity, int) or capacity < count:
+        if type(capacity) is not int or capacity < count:
             raise ValueError(f"capacity: expected {count} rows or more, got {capacity}")
         if scan is not None:
             check("scan", scan, (capacity, dim), (torch.bfloat16,), like=vectors)

@@ -145,6 +145,42 @@ def _(queries, vectors, norms, scan, errors, groups, eligible, k, *rest):
     return scores, queries.new_empty((len(queries), k), dtype=torch.int64)
 
 
+def search_arguments(queries, catalog, k, matched, pi, seen, seen_rows) -> tuple:
+    """What every implementation takes, from checked arguments of `cosine_topk`.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or value, in one line. That the queries
+        are on the catalog's device is for the caller to see to.
+    """
+    if not isinstance(catalog, Catalog):
+        raise TypeError(f"catalog: expected an ops.Catalog, got {type(catalog).__name__}")
+    check("queries", queries, ("B", catalog.vectors.shape[1]), FLOATS)
+    if not isinstance(k, int) or not 1 <= k <= len(catalog):
+        raise ValueError(f"k: expected 1 to the catalog's {len(catalog)} items, got {k}")
+    if not isinstance(pi, int | float) or not 0 <= pi <= LARGEST_BONUS:
+        raise ValueError(f"pi: expected 0 to {LARGEST_BONUS:g}, got {pi}")
+    if matched is not None:
+        check("matched", matched, (len(queries), "G"), (torch.bool,), like=queries)
+        if matched.shape[1] < catalog.num_groups:
+            raise ValueError(
+                f"matched: expected at least {catalog.num_groups} groups, got {matched.shape[1]}"
+            )
+    if (seen is None) != (seen_rows is None):
+        raise ValueError("seen, seen_rows: expected both or neither, got one")
+    if seen is not None:
+        if not isinstance(seen, SeenLists):
+            raise TypeError(f"seen: expected an ops.SeenLists, got {type(seen).__name__}")
+        check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
+        check("seen", seen.ids, ("M",), (torch.int64,), like=queries)
+        if seen.bound > len(catalog):
+            raise ValueError(f"seen: expected ids below {len(catalog)}, got {seen.bound - 1}")
+    return (
+        queries.detach(), catalog.vectors, catalog.norms, catalog.scan, catalog.errors,
+        catalog.groups, catalog.eligible, k, matched, float(pi),
+        None if seen is None else seen.offsets, None if seen is None else seen.ids, seen_rows,
+    )  # fmt: skip
+
+
 def cosine_topk(
     queries: Tensor,
     catalog: Catalog,
@@ -177,33 +213,8 @@ def cosine_topk(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, value or backend, in one line.
     """
-    if not isinstance(catalog, Catalog):
-        raise TypeError(f"catalog: expected an ops.Catalog, got {type(catalog).__name__}")
-    check("queries", queries, ("B", catalog.vectors.shape[1]), FLOATS, like=catalog.vectors)
-    if not isinstance(k, int) or not 1 <= k <= len(catalog):
-        raise ValueError(f"k: expected 1 to the catalog's {len(catalog)} items, got {k}")
-    if not 0 <= pi <= LARGEST_BONUS:
-        raise ValueError(f"pi: expected 0 to {LARGEST_BONUS:g}, got {pi}")
-    if matched is not None:
-        check("matched", matched, (len(queries), "G"), (torch.bool,), like=queries)
-        if matched.shape[1] < catalog.num_groups:
-            raise ValueError(
-                f"matched: expected at least {catalog.num_groups} groups, got {matched.shape[1]}"
-            )
-    if (seen is None) != (seen_rows is None):
-        raise ValueError("seen, seen_rows: expected both or neither, got one")
-    if seen is not None:
-        if not isinstance(seen, SeenLists):
-            raise TypeError(f"seen: expected an ops.SeenLists, got {type(seen).__name__}")
-        check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
-        check("seen", seen.ids, ("M",), (torch.int64,), like=queries)
-        if seen.bound > len(catalog):
-            raise ValueError(f"seen: expected ids below {len(catalog)}, got {seen.bound - 1}")
-    arguments = (
-        queries.detach(), catalog.vectors, catalog.norms, catalog.scan, catalog.errors,
-        catalog.groups, catalog.eligible, k, matched, float(pi),
-        None if seen is None else seen.offsets, None if seen is None else seen.ids, seen_rows,
-    )  # fmt: skip
+    arguments = search_arguments(queries, catalog, k, matched, pi, seen, seen_rows)
+    check("queries", queries, tuple(queries.shape), FLOATS, like=catalog.vectors)
     if torch.compiler.is_compiling():
         return torch.ops.contrec.cosine_topk(*arguments, backend)
     return resolve("cosine_topk", backend, *arguments)(*arguments)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from contrec_fast.ops.catalog import Catalog, SeenLists
-from contrec_fast.ops.checks import FLOATS, INTEGERS, check
+from contrec_fast.ops.checks import FLOATS
 from contrec_fast.ops.dispatch import implements
-from contrec_fast.ops.topk import LARGEST_BONUS
+from contrec_fast.ops.topk import search_arguments
 from contrec_fast.ops.triton_sampling import obstacle
 
 LARGEST_DIM = 4096
@@ -87,32 +87,11 @@ def stream_topk(
     """
     from contrec_kernels import topk
 
-    if not isinstance(catalog, Catalog) or catalog.vectors.device.type != "cpu":
-        raise TypeError("catalog: expected an ops.Catalog on the CPU")
-    check("queries", queries, ("B", catalog.vectors.shape[1]), FLOATS)
-    for name, value, most in (("k", k, len(catalog)), ("chunk", chunk, 2**30)):
-        if not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(f"{name}: expected 1 to {most}, got {value}")
-    if not 0 <= pi <= LARGEST_BONUS:
-        raise ValueError(f"pi: expected 0 to {LARGEST_BONUS:g}, got {pi}")
-    if matched is not None:
-        check("matched", matched, (len(queries), "G"), (torch.bool,), like=queries)
-        if matched.shape[1] < catalog.num_groups:
-            wanted = f"at least {catalog.num_groups} groups"
-            raise ValueError(f"matched: expected {wanted}, got {matched.shape[1]}")
-    if (seen is None) != (seen_rows is None):
-        raise ValueError("seen, seen_rows: expected both or neither, got one")
-    if seen is not None:
-        if not isinstance(seen, SeenLists):
-            raise TypeError(f"seen: expected an ops.SeenLists, got {type(seen).__name__}")
-        check("seen", seen.ids, ("M",), INTEGERS, like=queries)
-        check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
-        if seen.bound > len(catalog):
-            raise ValueError(f"seen: expected ids below {len(catalog)}, got {seen.bound - 1}")
+    arguments = search_arguments(queries, catalog, k, matched, pi, seen, seen_rows)
+    if catalog.vectors.device.type != "cpu":
+        raise ValueError(f"catalog: expected one on the CPU, got {catalog.vectors.device}")
+    if not isinstance(chunk, int) or not 1 <= chunk <= 2**30:
+        raise ValueError(f"chunk: expected 1 to {2**30}, got {chunk}")
     if reason := _obstacle(queries, catalog.vectors):
         raise ValueError(f"queries: Triton kernels cannot serve them: {reason}")
-    lists = (None, None) if seen is None else (seen.offsets, seen.ids)
-    return topk.stream_topk(
-        queries.detach(), catalog.vectors, catalog.norms, catalog.scan, catalog.errors,
-        catalog.groups, catalog.eligible, k, matched, float(pi), *lists, seen_rows, chunk=chunk,
-    )  # fmt: skip
+    return topk.stream_topk(*arguments, chunk=chunk)
