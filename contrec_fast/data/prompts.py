@@ -139,6 +139,44 @@ class Prompts:
         batch.next_items = torch.full((len(windows),), -1)
         return batch
 
+    @property
+    def fixed(self) -> tuple[np.ndarray, np.ndarray]:
+        """What every prompt at inference begins and ends with, [3, n] as `block` gives it."""
+        return self._templates[0]
+
+    @property
+    def behind(self) -> int:
+        """How many tokens of a block come after its last continuous token."""
+        return self._close.shape[1]
+
+    def block(self, row: int) -> np.ndarray:
+        """Continuous tokens of one row of a table [rows, K, H], in their brackets.
+
+        Returns:
+            [3, n] token ids, rows of the table [rows * K, H] (-1 for text) and labels.
+        """
+        return np.concatenate(self._slots(row), axis=1)
+
+    def blocks(self, items: Sequence[int]) -> list[np.ndarray]:
+        """Items as a prompt shows them, each like `block` with its title; the row is the item."""
+        if self._titles is None:
+            return [self.block(item) for item in items]
+        titles = self._titles.pieces(items)
+        return [
+            np.concatenate([title, *self._slots(item)], axis=1)
+            for title, item in zip(titles, items)
+        ]
+
+    def responses(self) -> list[list[int]]:
+        """Token ids of the response that each item of the catalog has, with the end of the text.
+
+        Raises:
+            ValueError: `config.text` is "none": there are no responses.
+        """
+        if self._answers is None:
+            raise ValueError("prompt.text: expected 'full' or 'response', got 'none'")
+        return self._answers.encode_all()
+
     def _batch(self, windows, shown, templates, answered) -> PromptBatch:
         """Answered (an item per window) and padded right, or not answered and padded left.
 
@@ -186,14 +224,14 @@ class Prompts:
             attention_mask=attention_mask,
             labels=labels,
             items=torch.from_numpy(items),
-            shown=_padded(shown),
+            shown=padded_lists(shown),
             older=torch.from_numpy(np.concatenate(before)),
             older_offsets=torch.tensor([0, *map(len, before[:-1])]).cumsum(0),
             read_row=torch.from_numpy(np.repeat(np.arange(len(shown)), lengths)),
             read_column=torch.from_numpy(np.concatenate(reads)),
             read_item=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
             next_items=torch.empty(0, dtype=torch.int64),
-            answers=_padded(responses),
+            answers=padded_lists(responses),
         )
 
     def _slots(self, owner: int) -> list[np.ndarray]:
@@ -221,6 +259,10 @@ class _LearnedTexts:
             self._known[item] = _text([*ids, *self._end], learned=True)
         return [self._known[item] for item in items]
 
+    def encode_all(self) -> list[list[int]]:
+        """Token ids of all texts; nothing of it is kept."""
+        return [[*ids, *self._end] for ids in self._encode(self._texts)]
+
 
 def _text(ids: list[int], learned: bool = False) -> np.ndarray:
     """Text as a piece of a prompt: [3, n] token ids, token-table rows and labels."""
@@ -228,7 +270,7 @@ def _text(ids: list[int], learned: bool = False) -> np.ndarray:
     return np.array([ids, [-1] * len(ids), labels], dtype=np.int64)
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+def padded_lists(rows: Sequence[Sequence[int]]) -> Tensor:
     """[B, M] int64, -1 behind each row's end."""
     padded = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
     for line, row in enumerate(rows):

@@ -14,6 +14,7 @@ from torch import Tensor
 from contrec_fast import ops
 from contrec_fast.data.interactions import Dataset
 from contrec_fast.data.prompts import CategoryMatcher, Prompts
+from contrec_fast.engine.reader import Reader
 from contrec_fast.models.contrec import ContRec
 
 BATCH = 128
@@ -51,6 +52,7 @@ class Recommender:
         self.prompts = Prompts(
             dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
         )
+        self.reader = Reader(model, self.prompts)
         self.matcher = CategoryMatcher(dataset.items.categories)
         device = model.item_vectors.device
         self.catalog = ops.Catalog(model.item_vectors.detach(), self.matcher.groups.to(device))
@@ -117,12 +119,11 @@ class Recommender:
     @torch.inference_mode()
     def sample(self, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Item-space vectors [S, B, D] of some users, S per user, and their texts."""
-        batch = self.prompts.inference_batch([self.dataset.histories[row] for row in rows])
-        batch = batch.to(self.model.item_vectors.device)
+        histories = [self.dataset.histories[row] for row in rows]
         if self.text:
-            condition, texts = self.model.write(batch)
+            condition, texts = self.reader.write(histories)
         else:
-            condition, texts = self.model.read(batch), [""] * len(rows)
+            condition, texts = self.reader.read(histories), [""] * len(rows)
         keys = self.keys[torch.as_tensor(rows, device=self.keys.device)]
         return self.vectors(condition, keys), texts
 

@@ -128,19 +128,22 @@ class ContRec(nn.Module):
             upto / (number[:, None] + steps)[..., None].to(upto.dtype).sqrt(),
         )
 
-    def embed(self, batch: PromptBatch, room: int = 0) -> Tensor:
-        """Input embeddings [B, L, H] of prompts that leave room for so many tokens more.
-
-        Raises:
-            ValueError: together they are more than the language model has positions.
-        """
-        longest = batch.token_ids.shape[1] + room
+    def require_positions(self, longest: int) -> None:
+        """Raise ValueError, in one line, if the language model has fewer positions."""
         most = getattr(self.backbone.config, "max_position_embeddings", None) or longest
         if longest > most:
             raise ValueError(
                 f"prompt.history: expected prompts of at most {most} tokens, which this language "
                 f"model reads, got {longest}"
             )
+
+    def embed(self, batch: PromptBatch, room: int = 0) -> Tensor:
+        """Input embeddings [B, L, H] of prompts that leave room for so many tokens more.
+
+        Raises:
+            ValueError: together they are more than the language model has positions.
+        """
+        self.require_positions(batch.token_ids.shape[1] + room)
         table = self.backbone.get_input_embeddings().weight
         tokens = self.tokens_of(batch.items)
         if self.config.prompt.user_token:

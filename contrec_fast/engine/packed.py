@@ -1,0 +1,294 @@
+"""Packed tokens of many sequences through any transformers language model, and their cache.
+
+Transformers lets a model's attention be replaced by a registered function and its cache by layers
+of another kind. With both, T tokens of B sequences go through a model as one sequence [1, T]: no
+linear layer sees padding. Only the attention puts the queries side by side, [B, W].
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+NAME = "contrec_packed"  # of the attention function, as transformers knows it
+
+
+@dataclass
+class Packing:
+    """Which sequences packed tokens belong to.
+
+    positions: [T] int64 in their sequence, which are also places in the cache. slots: [T] int64
+    in the flattened cache. first: cache row of the first of the B sequences. shape: (B, W).
+    reach: how many places of the cache are looked at. padded: [B * W] int64, the token at each
+    place; tokens: [T] int64, the place of each token; both None if T is B * W. mask: float,
+    [B or 1, 1, W, reach], added to the attention's scores.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    first: int
+    shape: tuple[int, int]
+    reach: int
+    padded: Tensor | None
+    tokens: Tensor | None
+    mask: Tensor
+
+    @classmethod
+    def of(cls, counts: Tensor, positions: Tensor, cache: "RowCache", first: int = 0,
+           reach: int = 0, alike: bool = False) -> "Packing":  # fmt: skip
+        """The packing of counts [B] tokens at positions [T] of their sequences, both on the host.
+
+        Args:
+            alike: all sequences have the same positions, as far as they go: one mask does.
+        """
+        batch, width = len(counts), int(counts.max())
+        places = torch.arange(width)
+        rows = torch.arange(first, first + batch).repeat_interleave(counts)
+        padded = tokens = None
+        at = positions
+        if len(positions) < batch * width:
+            tokens = (places < counts[:, None]).flatten().nonzero()[:, 0]
+            padded = torch.zeros(batch * width, dtype=torch.int64)
+            padded[tokens] = torch.arange(len(tokens))
+            at = positions[padded]
+        at = at.view(batch, width)
+        if alike:
+            at = at[counts.argmax()][None]
+        reach = reach or int(positions.max()) + 1
+        slots = rows * cache.places + positions
+        positions, slots, padded, tokens, at = (
+            x if x is None else x.to(cache.device) for x in (positions, slots, padded, tokens, at)
+        )
+        mask = causal_mask(at, reach, cache.dtype)
+        return cls(positions, slots, first, (batch, width), reach, padded, tokens, mask)
+
+
+def causal_mask(positions: Tensor, reach: int, dtype: torch.dtype) -> Tensor:
+    """Of queries at positions [B, W]: [B, 1, W, reach], 0 up to there and -inf behind."""
+    later = torch.arange(reach, device=positions.device) > positions[:, None, :, None]
+    mask = torch.zeros(later.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(later, -torch.inf)
+
+
+class _Stored(Exception):
+    """A layer's keys and values are stored, and nothing else of it is wanted."""
+
+
+class _RowLayer(CacheLayerMixin):
+    """Keys and values [rows, places, heads, d] of one layer; memory is only ever allocated anew."""
+
+    is_sliding = False
+
+    def __init__(self, cache: "RowCache"):
+        super().__init__()
+        self.cache, self.only_store = cache, False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, places = self.cache.rows, self.cache.places
+        # Zeros: what is never written is masked, but 0 times what memory holds may be NaN.
+        self.keys, self.values = (
+            x.new_zeros(rows, places, x.shape[1], x.shape[3]) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        packing = self.cache.packing
+        found = []
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            stored.flatten(0, 1).index_copy_(0, packing.slots, new[0].transpose(0, 1))
+            rows = stored[packing.first : packing.first + packing.shape[0], : packing.reach]
+            found.append(rows.transpose(1, 2))
+        if self.only_store:
+            raise _Stored
+        return found
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.cache.places
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.places, 0
+
+
+class RowCache(Cache):
+    """A row of places for each sequence, all of which begin with the same prefix.
+
+    Args:
+        layers: how many. dtype: of the language model. device: where.
+
+    Attributes:
+        rows, places: the capacity. packing: of the tokens that go through the model now.
+    """
+
+    def __init__(self, layers: int, dtype: torch.dtype, device):
+        super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
+        self.dtype, self.device, self.rows, self.places = dtype, device, 0, 0
+        self.packing: Packing | None = None
+        self._prefix: list[tuple[Tensor, Tensor]] = []
+
+    def keep_prefix(self, length: int) -> None:
+        """Let every row begin with what the first places of row 0 hold."""
+        self._prefix = [
+            (layer.keys[0, :length].clone(), layer.values[0, :length].clone())
+            for layer in self.layers
+        ]
+        self._spread()
+
+    def reserve(self, rows: int, places: int) -> None:
+        """Make room for so many sequences of such a length; what rows held is lost."""
+        if rows <= self.rows and places <= self.places:
+            return
+        self.rows, self.places = max(rows, self.rows), max(places, self.places)
+        for layer in self.layers:
+            if layer.is_initialized:
+                heads = (x[:1, :1].transpose(1, 2) for x in (layer.keys, layer.values))
+                layer.lazy_initialization(*heads)
+        self._spread()
+
+    def compact(self, rows: Tensor, reach: int) -> None:
+        """Move these rows [b], in ascending order, to the front."""
+        for layer in self.layers:
+            for stored in (layer.keys, layer.values):
+                stored[: len(rows), :reach] = stored[rows, :reach]
+
+    def _spread(self) -> None:
+        # Once per allocation: no sequence writes where the prefix is.
+        for layer, (keys, values) in zip(self.layers, self._prefix):
+            layer.keys[:, : len(keys)], layer.values[:, : len(values)] = keys, values
+
+
+def _attend(module, query, key, value, attention_mask, packing=None, **options):
+    """Attention of packed queries [1, heads, T, d] over rows of the cache, as transformers calls it."""
+    batch, width = packing.shape
+    query = query[0].transpose(0, 1)
+    if packing.padded is not None:
+        query = query[packing.padded]
+    query = query.unflatten(0, (batch, width)).transpose(1, 2)
+    options["is_causal"] = False
+    mixed, _ = _sdpa(module, query, key, value, packing.mask, **options)
+    mixed = mixed.flatten(0, 1)
+    if packing.tokens is not None:
+        mixed = mixed[packing.tokens]
+    return mixed[None], None
+
+
+_sdpa = AttentionInterface()["sdpa"]
+AttentionInterface.register(NAME, _attend)
+
+
+class PackedModel:
+    """A causal language model that reads packed tokens.
+
+    Args:
+        backbone: a transformers causal LM; it is left as it is.
+
+    Attributes:
+        suits: whether the model can be read so: each of its layers attends to all that is before
+        and goes through transformers' attention interface. narrows: whether its last layer can
+        leave out tokens of which only keys and values are wanted. Both are found by trying.
+    """
+
+    def __init__(self, backbone):
+        self.backbone, self.base = backbone, backbone.base_model
+        table = backbone.get_input_embeddings().weight
+        count = backbone.config.get_text_config(decoder=True).num_hidden_layers
+        self.cache = RowCache(count, table.dtype, table.device)
+        stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList)]
+        self._last = next((stack[-1] for stack in stacks if len(stack) == count), None)
+        self.narrows = self._last is not None
+        plain = all(type(x) is DynamicLayer for x in DynamicCache(config=backbone.config).layers)
+        self.suits = plain and self._agrees(table)
+
+    @torch.inference_mode()
+    def _agrees(self, table: Tensor) -> bool:
+        """Compare with the model as it is, on two short sequences; sets `narrows`."""
+        numbers = torch.arange(7 * table.shape[1], device=table.device) % 13
+        x = (numbers.view(7, -1) - 6).to(table.dtype) * table.std() / 4
+        expected = torch.cat([
+            self.base(inputs_embeds=part[None], use_cache=False).last_hidden_state[0]
+            for part in (x[:5], x[5:])
+        ])  # fmt: skip
+        positions = torch.tensor([0, 1, 2, 3, 4, 0, 1])
+        self.cache.reserve(2, 5)
+        keep = torch.tensor([2, 4, 6])
+        packing = Packing.of(torch.tensor([5, 2]), positions, self.cache)
+        kept = Packing.of(torch.tensor([2, 1]), positions[keep], self.cache, reach=5)
+        keep = keep.to(table.device)
+        tolerance = 1e-3 if table.dtype == torch.float32 else 0.1
+        while True:
+            try:
+                found = self(x, packing, keep, kept)
+                if torch.allclose(found, expected[keep], tolerance, tolerance):
+                    return True
+            except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
+                pass  # what another way of passing arguments comes to
+            if not self.narrows:
+                return False
+            self.narrows = False
+
+    def __call__(self, embedded: Tensor, packing: Packing, keep: Tensor | None = None,
+                 kept: Packing | None = None) -> Tensor:  # fmt: skip
+        """Last hidden states [T, H] of embedded tokens [T, H], which the cache then holds.
+
+        Args:
+            keep: [T'] int64, the tokens whose states are wanted, all by default: [T', H] then.
+            kept: their packing, of the same reach.
+        """
+        self.cache.packing = packing
+        narrowed = keep is not None and self.narrows
+        with self._attention(), self._narrowing(packing, keep, kept) if narrowed else _nothing():
+            hidden = self.base(
+                inputs_embeds=embedded[None], position_ids=packing.positions[None],
+                past_key_values=self.cache, use_cache=True, packing=packing,
+            ).last_hidden_state[0]  # fmt: skip
+        return hidden if keep is None or narrowed else hidden[keep]
+
+    @contextmanager
+    def _attention(self):
+        config = self.backbone.config
+        before, config._attn_implementation = config._attn_implementation, NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    @contextmanager
+    def _narrowing(self, packing: Packing, keep: Tensor, kept: Packing):
+        layer, stored = self._last, self.cache.layers[-1]
+
+        def pick(x):
+            """The kept tokens of whatever there is of each token."""
+            if isinstance(x, Tensor):
+                return x[:, keep] if x.shape[:2] == (1, len(packing.positions)) else x
+            return type(x)(map(pick, x)) if type(x) in (tuple, list) else x
+
+        def before(module, args, kwargs):
+            handle.remove()  # the layer is called again here
+            stored.only_store = True
+            try:
+                layer(*args, **kwargs)
+            except _Stored:
+                pass
+            finally:
+                stored.only_store = False
+            self.cache.packing = kept
+            kwargs = {name: pick(value) for name, value in kwargs.items()}
+            return tuple(map(pick, args)), kwargs | {"packing": kept}
+
+        handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _nothing():
+    yield
