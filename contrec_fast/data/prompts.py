@@ -167,15 +167,18 @@ class Prompts:
             for title, item in zip(titles, items)
         ]
 
-    def responses(self) -> list[list[int]]:
-        """Token ids of the response that each item of the catalog has, with the end of the text.
+    def responses(self, most: int) -> np.ndarray:
+        """Responses of at most so many items of the catalog, evenly spread over it.
+
+        Returns:
+            [M, S] int64 token ids with the end of the text, -1 behind it.
 
         Raises:
             ValueError: `config.text` is "none": there are no responses.
         """
         if self._answers is None:
             raise ValueError("prompt.text: expected 'full' or 'response', got 'none'")
-        return self._answers.encode_all()
+        return padded_lists(self._answers.encoded(most)).numpy()
 
     def _batch(self, windows, shown, templates, answered) -> PromptBatch:
         """Answered (an item per window) and padded right, or not answered and padded left.
@@ -259,9 +262,10 @@ class _LearnedTexts:
             self._known[item] = _text([*ids, *self._end], learned=True)
         return [self._known[item] for item in items]
 
-    def encode_all(self) -> list[list[int]]:
-        """Token ids of all texts; nothing of it is kept."""
-        return [[*ids, *self._end] for ids in self._encode(self._texts)]
+    def encoded(self, most: int) -> list[list[int]]:
+        """Token ids of at most so many texts, evenly spread; nothing of it is kept."""
+        texts = self._texts[:: -(-len(self._texts) // most)]
+        return [[*ids, *self._end] for ids in self._encode(texts)]
 
 
 def _text(ids: list[int], learned: bool = False) -> np.ndarray:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from contrec_fast.engine.drafts import Drafts
+from contrec_fast.engine.drafts import CONTEXT, LONGEST, Drafts
 from contrec_fast.engine.packed import PackedModel, Packing
 
 
@@ -24,47 +24,48 @@ class Decoder:
         self.counters = counters
         self.embed = packed.backbone.get_input_embeddings()
         self.head = packed.backbone.get_output_embeddings()
-        self.opening = drafts.propose(
-            torch.zeros(1, dtype=torch.int64, device=packed.cache.device),
-            torch.zeros(1, dtype=torch.int64, device=packed.cache.device),
-            min(drafts.root, room - 1),
-        )[0]  # what every response begins with, to be fed with the prompt
+
+    def opening(self) -> Tensor:
+        """[n] draft of what every response begins with, to be fed behind the prompt."""
+        start = torch.full((1, CONTEXT), -1, device=self.packed.cache.device)
+        tokens, length = self.drafts.propose(start, self.room - 1)
+        return tokens[0, : int(length)]
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """The most likely next token [...] after each of the hidden states [..., H]."""
         return self.head(hidden).argmax(-1)
 
-    def write(self, best: Tensor, places: Tensor) -> Tensor:
+    def write(self, opening: Tensor, best: Tensor, places: Tensor) -> Tensor:
         """Responses [B, room], -1 behind their end.
 
         Args:
-            best: [B, 1 + n] what is most likely after the prompt and after each of the n tokens
-            of `opening`. places: [B] where the cache holds the first token of the opening.
+            opening: [n] as fed. best: [B, 1 + n] what is most likely after the prompt and after
+            each token of the opening. places: [B] where the cache holds the first token of the opening.
         """
         batch, device = len(best), best.device
         self.written = best.new_full((batch, self.room), -1)
         self.count = best.new_zeros(batch)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
-        self.node, self.ends = best.new_zeros(batch), best.new_full((batch,), self.drafts.root)
+        self.context = best.new_full((batch, CONTEXT), -1)
         self.place = places - 1
-        self.token = best[:, 0]
         finished, who = self.written.clone(), torch.arange(batch, device=device)
-        self._accept(self.opening.expand(batch, -1), len(self.opening), best)
+        self._accept(opening.expand(batch, -1), best.new_full((batch,), len(opening)), best)
         while left := int(self.alive.sum()):
             if 2 * left <= len(self.alive):
                 finished[who] = self.written
                 who = who[self._compact()]
             self._pass()
         finished[who] = self.written
+        self.drafts.learn(finished)
         return finished
 
     def _pass(self) -> None:
-        drafted = (self.ends - self.count).minimum(self.room - 1 - self.count)
-        drafted = torch.where(self.alive & (self.node >= 0), drafted, 0)
+        draft, drafted = self.drafts.propose(self.context, LONGEST)
+        drafted = drafted.minimum(self.room - 1 - self.count)
         counts = torch.where(self.alive, 1 + drafted, 0)
         width = int(counts.max())
-        draft = self.drafts.propose(self.node, self.count, width - 1)
-        fed = torch.cat([self.token[:, None], draft], dim=1)
+        draft = draft[:, : width - 1]
+        fed = torch.cat([self.context[:, -1:], draft], dim=1)
         columns = torch.arange(width, device=fed.device)
         real = columns < counts[:, None]
         positions = (self.place[:, None] + columns)[real]
@@ -75,19 +76,18 @@ class Decoder:
         self.counters["fed"] += len(positions)
         self._accept(draft, drafted, best)
 
-    def _accept(self, draft: Tensor, drafted: Tensor | int, best: Tensor) -> None:
+    def _accept(self, draft: Tensor, drafted: Tensor, best: Tensor) -> None:
         """Keep of a draft [B, W - 1] what was written anyhow, best [B, W], and one token more."""
         columns = torch.arange(best.shape[1], device=best.device)
-        right = (draft == best[:, :-1]) & (columns[:-1] < torch.as_tensor(drafted)[..., None])
+        right = (draft == best[:, :-1]) & (columns[:-1] < drafted[:, None])
         accepted = right.cumprod(1).sum(1)
         ended = (best == self.end) & (columns <= accepted[:, None])
         over = ended.cumsum(1) - ended.long() > 0  # behind the end of the text
         new = (columns <= accepted[:, None]) & ~over & self.alive[:, None]
         rows, at = new.nonzero(as_tuple=True)
         self.written[rows, self.count[rows] + at] = best[rows, at]
-        self.token = best.gather(1, accepted[:, None])[:, 0]
-        depth = self.count + accepted
-        self.node, self.ends = self.drafts.follow(self.node, self.ends, depth, self.token)
+        last = accepted[:, None] + 1 + torch.arange(CONTEXT, device=best.device)
+        self.context = torch.cat([self.context, best], dim=1).gather(1, last)
         self.place = self.place + accepted + 1
         self.count = self.count + new.sum(1)
         self.counters["written"] += len(rows)
@@ -97,6 +97,6 @@ class Decoder:
         """Drop finished sequences; returns which stay."""
         stay = self.alive.nonzero()[:, 0]
         self.packed.cache.compact(stay, int(self.place[stay].max()))
-        for name in ("written", "count", "alive", "node", "ends", "place", "token"):
+        for name in ("written", "count", "alive", "context", "place"):
             setattr(self, name, getattr(self, name)[stay])
         return stay

@@ -1,78 +1,99 @@
-"""What a response must go on with, if it is to be one of those that the catalog's items have.
+"""Guesses of how a response goes on, from the responses that were written before.
 
-Responses follow a template: its words, the rest of a category or of a title of which a few tokens
-are written, leave no choice. Such a stretch is a draft: the language model reads it in one pass
-and keeps as much of it as it would have written itself (speculative decoding, arXiv 2211.17192,
-with certain drafts and greedy choices), so that drafts change the time and never the text.
+Responses follow a template, and many users get the same categories and titles: three tokens mostly
+tell the next ones. A language model reads such a draft in one pass and keeps as much of it as it
+would have written itself (speculative decoding, arXiv 2211.17192, with greedy choices; n-grams as
+drafts: arXiv 2304.04487). So drafts change the time and never the text.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+CONTEXT = 3  # tokens that a guess is made from
+LONGEST = 16  # tokens of a draft
+SURE = 0.25  # a draft goes on while it is right as a whole at least that often
+RECENT = 4096  # responses that are remembered
+FACTORS = (0x2545F4914F6CDD1D, 0x369DEA0F31A53F85, 0x106689D45497FDB5)
+
+
+def _key(context):
+    """Hash [...] of contexts [..., 3], the same with numpy and torch; integers wrap around."""
+    return sum(context[..., i] * FACTORS[i] for i in range(CONTEXT))
+
 
 class Drafts:
-    """The tree of all responses, as tensors.
+    """A table from contexts to drafts.
 
-    A sequence's place in it is a *node*, a response that begins as the sequence does, and an
-    *end*: up to there all responses that begin so agree. Node -1: no response does.
+    Its memory is bounded: the examples, which may be left out, and the last RECENT responses.
 
     Args:
-        responses: token ids of each; the last one ends the text, and is never drafted.
-        vocabulary: number of token ids.
+        examples: [M, S] int64 token ids of responses with the end of the text, -1 behind it.
+        end: the token id that ends a text, which no draft goes beyond.
     """
 
-    def __init__(self, responses: Sequence[Sequence[int]], vocabulary: int, device="cpu"):
-        self.vocabulary = vocabulary
-        known = sorted({tuple(response[:-1]) for response in responses})
-        lengths = np.array([len(response) for response in known])
-        width = int(lengths.max()) + 1
-        table = np.full((len(known), width), -1, dtype=np.int64)
-        table[np.arange(width) < lengths[:, None]] = np.concatenate([*map(np.array, known), []])
-        # shared[i]: how many tokens responses i - 1 and i share.
-        differ = table[1:] != table[:-1]
-        shared = np.concatenate([[-1], differ.argmax(1)]) if len(known) > 1 else np.array([-1])
-        ends = lengths.copy()  # of the stretch that each node begins with, seen from `depth`
-        keys, nodes, upto = [], [], []
-        for depth in range(width - 1, -1, -1):
-            starts = shared < depth
-            group = starts.cumsum() - 1
-            branching = np.bincount(group, shared == depth)[group] > 0
-            # A response that ends where others go on is a branch like any other.
-            first = starts.nonzero()[0][group]
-            child = np.flatnonzero(branching & (starts | (shared == depth)))
-            keys.append((first[child] * width + depth) * (vocabulary + 1) + table[child, depth])
-            nodes.append(child)
-            upto.append(ends[child])
-            ends[branching] = depth
-        keys, nodes, upto = map(np.concatenate, (keys, nodes, upto))
-        order = keys.argsort(kind="stable")
-        self.root = int(ends[0])
-        self._width = width
-        self._table, self._keys, self._nodes, self._ends = (
-            torch.from_numpy(np.ascontiguousarray(x)).to(device)
-            for x in (table, keys[order], nodes[order], upto[order])
+    def __init__(self, examples: np.ndarray, end: int, device):
+        self.end, self.device, self._examples = end, device, examples
+        self._recent, self._new, self._known = [], 0, 1
+        self._build([examples])
+
+    def propose(self, context: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Drafts for sequences whose last tokens are context [B, 3] (-1 before the first).
+
+        Returns:
+            [B, most] token ids and [B] how many of them are a draft.
+        """
+        key = _key(context)
+        at = torch.searchsorted(self._keys, key).clamp(max=len(self._keys) - 1)
+        length = torch.where(self._keys[at] == key, self._lengths[at], 0)
+        return self._drafts[at, :most], length.clamp(max=most)
+
+    def learn(self, written: Tensor) -> None:
+        """Remember responses [B, S], -1 behind their end; the table is remade ever less often."""
+        self._recent.append(written.cpu().numpy())
+        self._new += len(written)
+        if self._new < min(self._known, RECENT):
+            return
+        while len(self._recent) > 1 and sum(map(len, self._recent[1:])) >= RECENT:
+            self._recent.pop(0)
+        self._known, self._new = sum(map(len, self._recent)), 0
+        self._build([self._examples, *self._recent])
+
+    def _build(self, parts: list[np.ndarray]) -> None:
+        contexts, tokens = [], []
+        for texts in parts:
+            before = np.pad(texts, ((0, 0), (CONTEXT, 0)), constant_values=-1)
+            windows = np.lib.stride_tricks.sliding_window_view(before, CONTEXT + 1, axis=1)
+            windows = windows[texts >= 0]
+            contexts.append(windows[:, :CONTEXT])
+            tokens.append(windows[:, CONTEXT])
+        context, token = np.concatenate(contexts), np.concatenate(tokens)
+        key = _key(context)
+        # Each pair of context and token once, with its count; then the commonest of each context.
+        order = np.lexsort((token, key))
+        key, token, context = key[order], token[order], context[order]
+        new = np.append(True, (key[1:] != key[:-1]) | (token[1:] != token[:-1]))[: len(key)]
+        count = np.diff(np.append(new.nonzero()[0], len(key)))
+        key, token, context = key[new], token[new], context[new]
+        order = np.lexsort((-count, key))
+        key, token, context, count = key[order], token[order], context[order], count[order]
+        first = np.append(True, key[1:] != key[:-1])[: len(key)]
+        total = np.add.reduceat(count, first.nonzero()[0]) if len(key) else count
+        key, token, context = key[first], token[first], context[first]
+        share = np.where(token == self.end, 0.0, count[first] / total)
+        following = _key(np.concatenate([context[:, 1:], token[:, None]], axis=1))
+        after = np.searchsorted(key, following).clip(max=max(len(key) - 1, 0))
+        share_after = np.where(key[after] == following, 1.0, 0.0) if len(key) else share
+        drafts = np.empty((max(len(key), 1), LONGEST), dtype=np.int64)
+        lengths = np.zeros(len(drafts), dtype=np.int64)
+        at, sure = np.arange(len(key)), np.ones(len(key))
+        for place in range(LONGEST):
+            drafts[: len(key), place] = token[at] if len(key) else 0
+            sure = sure * share[at]
+            lengths[: len(key)] += sure >= SURE
+            sure = sure * share_after[at]
+            at = after[at]
+        key = key if len(key) else np.zeros(1, dtype=np.int64)
+        self._keys, self._drafts, self._lengths = (
+            torch.from_numpy(x).to(self.device) for x in (key, drafts, lengths)
         )
-
-    def propose(self, node: Tensor, depth: Tensor, most: int) -> Tensor:
-        """What sequences [B] of so many tokens, at these nodes, may go on with: [B, most]."""
-        places = depth[:, None] + torch.arange(most, device=depth.device)
-        return self._table[node.clamp(min=0)[:, None], places.clamp(max=self._width - 1)]
-
-    def follow(self, node: Tensor, end: Tensor, depth: Tensor, token: Tensor):
-        """Nodes and ends [B] after the token [B] that comes at this depth [B], at most the end."""
-        places = depth.clamp(max=self._width - 1)
-        row = node.clamp(min=0)
-        goes_on = (depth < end) & (self._table[row, places] == token)
-        if len(self._keys):
-            key = (row * self._width + places) * (self.vocabulary + 1) + token
-            at = torch.searchsorted(self._keys, key).clamp(max=len(self._keys) - 1)
-            branches = (depth == end) & (self._keys[at] == key)
-        else:
-            at, branches = torch.zeros_like(depth), torch.zeros_like(goes_on)
-            self._nodes, self._ends = node.new_zeros(1), end.new_zeros(1)
-        alive = (node >= 0) & (goes_on | branches)
-        node = torch.where(branches, self._nodes[at], node)
-        return torch.where(alive, node, -1), torch.where(branches, self._ends[at], end)

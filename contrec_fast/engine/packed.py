@@ -20,15 +20,15 @@ NAME = "contrec_packed"  # of the attention function, as transformers knows it
 class Packing:
     """Which sequences packed tokens belong to.
 
-    positions: [T] int64 in their sequence, which are also places in the cache. slots: [T] int64
-    in the flattened cache. first: cache row of the first of the B sequences. shape: (B, W).
+    positions: [T] int64 in their sequence, which are also places in the cache. rows: [T] int64, the row of
+    the cache. first: cache row of the first of the B sequences. shape: (B, W).
     reach: how many places of the cache are looked at. padded: [B * W] int64, the token at each
     place; tokens: [T] int64, the place of each token; both None if T is B * W. mask: float,
     [B or 1, 1, W, reach], added to the attention's scores.
     """
 
     positions: Tensor
-    slots: Tensor
+    rows: Tensor
     first: int
     shape: tuple[int, int]
     reach: int
@@ -58,12 +58,11 @@ class Packing:
         if alike:
             at = at[counts.argmax()][None]
         reach = reach or int(positions.max()) + 1
-        slots = rows * cache.places + positions
-        positions, slots, padded, tokens, at = (
-            x if x is None else x.to(cache.device) for x in (positions, slots, padded, tokens, at)
+        positions, rows, padded, tokens, at = (
+            x if x is None else x.to(cache.device) for x in (positions, rows, padded, tokens, at)
         )
         mask = causal_mask(at, reach, cache.dtype)
-        return cls(positions, slots, first, (batch, width), reach, padded, tokens, mask)
+        return cls(positions, rows, first, (batch, width), reach, padded, tokens, mask)
 
 
 def causal_mask(positions: Tensor, reach: int, dtype: torch.dtype) -> Tensor:
@@ -78,7 +77,7 @@ class _Stored(Exception):
 
 
 class _RowLayer(CacheLayerMixin):
-    """Keys and values [rows, places, heads, d] of one layer; memory is only ever allocated anew."""
+    """Keys and values [rows, heads, places, d] of one layer; memory is only ever allocated anew."""
 
     is_sliding = False
 
@@ -90,7 +89,7 @@ class _RowLayer(CacheLayerMixin):
         rows, places = self.cache.rows, self.cache.places
         # Zeros: what is never written is masked, but 0 times what memory holds may be NaN.
         self.keys, self.values = (
-            x.new_zeros(rows, places, x.shape[1], x.shape[3]) for x in (key_states, value_states)
+            x.new_zeros(rows, x.shape[1], places, x.shape[3]) for x in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -98,14 +97,14 @@ class _RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         packing = self.cache.packing
-        found = []
+        heads, rows = key_states.shape[1], slice(packing.first, packing.first + packing.shape[0])
+        places = torch.arange(heads, device=packing.rows.device)[:, None] + packing.rows * heads
+        slots = (places * self.cache.places + packing.positions).flatten()
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            stored.flatten(0, 1).index_copy_(0, packing.slots, new[0].transpose(0, 1))
-            rows = stored[packing.first : packing.first + packing.shape[0], : packing.reach]
-            found.append(rows.transpose(1, 2))
+            stored.flatten(0, 2).index_copy_(0, slots, new[0].flatten(0, 1))
         if self.only_store:
             raise _Stored
-        return found
+        return self.keys[rows, :, : packing.reach], self.values[rows, :, : packing.reach]
 
     def get_seq_length(self) -> int:
         return 0
@@ -136,7 +135,7 @@ class RowCache(Cache):
     def keep_prefix(self, length: int) -> None:
         """Let every row begin with what the first places of row 0 hold."""
         self._prefix = [
-            (layer.keys[0, :length].clone(), layer.values[0, :length].clone())
+            (layer.keys[0, :, :length].clone(), layer.values[0, :, :length].clone())
             for layer in self.layers
         ]
         self._spread()
@@ -148,20 +147,19 @@ class RowCache(Cache):
         self.rows, self.places = max(rows, self.rows), max(places, self.places)
         for layer in self.layers:
             if layer.is_initialized:
-                heads = (x[:1, :1].transpose(1, 2) for x in (layer.keys, layer.values))
-                layer.lazy_initialization(*heads)
+                layer.lazy_initialization(layer.keys[:1], layer.values[:1])
         self._spread()
 
     def compact(self, rows: Tensor, reach: int) -> None:
         """Move these rows [b], in ascending order, to the front."""
         for layer in self.layers:
             for stored in (layer.keys, layer.values):
-                stored[: len(rows), :reach] = stored[rows, :reach]
+                stored[: len(rows), :, :reach] = stored[rows, :, :reach]
 
     def _spread(self) -> None:
         # Once per allocation: no sequence writes where the prefix is.
         for layer, (keys, values) in zip(self.layers, self._prefix):
-            layer.keys[:, : len(keys)], layer.values[:, : len(values)] = keys, values
+            layer.keys[:, :, : keys.shape[1]], layer.values[:, :, : values.shape[1]] = keys, values
 
 
 def _attend(module, query, key, value, attention_mask, packing=None, **options):

@@ -15,6 +15,7 @@ from contrec_fast.engine.packed import PackedModel, Packing
 from contrec_fast.engine.prompting import PackedPrompts, PromptPacker
 from contrec_fast.models.contrec import ContRec
 
+EXAMPLES = 5000  # responses that drafts are made of at first
 BUDGET = {"cpu": 2048, "cuda": 32768}  # tokens in one pass over prompts
 
 
@@ -94,14 +95,14 @@ class Reader:
         packed = self.packer.pack([histories[i] for i in order], question=True)
         decoder = self._decoder = self._decoder or self._make_decoder()
         self._reserve(packed, decoder.room)
-        opening, last = decoder.opening, packed.counts - 1
+        opening, last = decoder.opening(), packed.counts - 1
         wanted = [packed.reads, *(last + i for i in range(len(opening) + 1))]
         hidden, best = zip(*self._prefill(
             packed, opening, wanted,
             lambda hidden: (hidden[:, 0].clone(), decoder.greedy(hidden[:, 1:])),
         ))  # fmt: skip
         places = (self.prefix + packed.counts).to(opening.device)
-        written = decoder.write(torch.cat(best), places)
+        written = decoder.write(opening, torch.cat(best), places)
         if self.model.config.head.source == "response":
             conditions = self.model.response_conditions(written)
         else:
@@ -111,8 +112,8 @@ class Reader:
         return conditions[back], [text.strip() for text in texts]
 
     def _make_decoder(self) -> Decoder:
-        drafts = Drafts(self.prompts.responses(), len(self.text_table), self.text_table.device)
         end, room = self.model.text_tokenizer.eos_token_id, self.model.config.prompt.response_tokens
+        drafts = Drafts(self.prompts.responses(EXAMPLES), end, self.text_table.device)
         return Decoder(self.packed, drafts, end, room, self.counters)
 
     def _reserve(self, packed: PackedPrompts, room: int) -> None:
