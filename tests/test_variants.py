@@ -96,8 +96,8 @@ def test_every_diffusion_trains_a_step_and_samples(schedule, prediction, method)
 def test_without_diffusion_the_condition_is_what_is_compared():
     model = random_model("head.diffusion=false", "retrieval.draws=3")
     recommender = Recommender(model, small_shop(), text=False)
-    batch = recommender.prompts.inference_batch(small_shop().histories[:5])
-    assert torch.equal(recommender.sample(range(5))[0], model.read(batch)[None])
+    condition = recommender.reader.read(small_shop().histories[:5])
+    assert torch.equal(recommender.sample(range(5))[0], condition[None])
 
 
 def test_tokenizer_space_is_decoded_to_item_space():

@@ -40,7 +40,7 @@ class Decoder:
 
         Args:
             opening: [n] as fed. best: [B, 1 + n] what is most likely after the prompt and after
-            each token of the opening. places: [B] where the cache holds the first token of the opening.
+            each token of the opening. places: [B] where the cache holds the opening's first token.
         """
         batch, device = len(best), best.device
         self.written = best.new_full((batch, self.room), -1)

@@ -25,11 +25,11 @@ def _key(context):
 class Drafts:
     """A table from contexts to drafts.
 
-    Its memory is bounded: the examples, which may be left out, and the last RECENT responses.
+    Its memory is bounded: the examples and the last RECENT responses.
 
     Args:
-        examples: [M, S] int64 token ids of responses with the end of the text, -1 behind it.
-        end: the token id that ends a text, which no draft goes beyond.
+        examples: [M, S] int64 token ids of responses with the end of the text, -1 behind it; M is
+        at least 1. end: the token id that ends a text, which no draft goes beyond.
     """
 
     def __init__(self, examples: np.ndarray, end: int, device):
@@ -72,28 +72,27 @@ class Drafts:
         # Each pair of context and token once, with its count; then the commonest of each context.
         order = np.lexsort((token, key))
         key, token, context = key[order], token[order], context[order]
-        new = np.append(True, (key[1:] != key[:-1]) | (token[1:] != token[:-1]))[: len(key)]
+        new = np.append(True, (key[1:] != key[:-1]) | (token[1:] != token[:-1]))
         count = np.diff(np.append(new.nonzero()[0], len(key)))
         key, token, context = key[new], token[new], context[new]
         order = np.lexsort((-count, key))
         key, token, context, count = key[order], token[order], context[order], count[order]
-        first = np.append(True, key[1:] != key[:-1])[: len(key)]
-        total = np.add.reduceat(count, first.nonzero()[0]) if len(key) else count
+        first = np.append(True, key[1:] != key[:-1])
+        total = np.add.reduceat(count, first.nonzero()[0])
         key, token, context = key[first], token[first], context[first]
         share = np.where(token == self.end, 0.0, count[first] / total)
         following = _key(np.concatenate([context[:, 1:], token[:, None]], axis=1))
-        after = np.searchsorted(key, following).clip(max=max(len(key) - 1, 0))
-        share_after = np.where(key[after] == following, 1.0, 0.0) if len(key) else share
-        drafts = np.empty((max(len(key), 1), LONGEST), dtype=np.int64)
-        lengths = np.zeros(len(drafts), dtype=np.int64)
+        after = np.searchsorted(key, following).clip(max=len(key) - 1)
+        known = key[after] == following
+        drafts = np.empty((len(key), LONGEST), dtype=np.int64)
+        lengths = np.zeros(len(key), dtype=np.int64)
         at, sure = np.arange(len(key)), np.ones(len(key))
         for place in range(LONGEST):
-            drafts[: len(key), place] = token[at] if len(key) else 0
-            sure = sure * share[at]
-            lengths[: len(key)] += sure >= SURE
-            sure = sure * share_after[at]
+            drafts[:, place] = token[at]
+            sure *= share[at]
+            lengths += sure >= SURE
+            sure *= known[at]
             at = after[at]
-        key = key if len(key) else np.zeros(1, dtype=np.int64)
         self._keys, self._drafts, self._lengths = (
             torch.from_numpy(x).to(self.device) for x in (key, drafts, lengths)
         )

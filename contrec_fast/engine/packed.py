@@ -20,8 +20,8 @@ NAME = "contrec_packed"  # of the attention function, as transformers knows it
 class Packing:
     """Which sequences packed tokens belong to.
 
-    positions: [T] int64 in their sequence, which are also places in the cache. rows: [T] int64, the row of
-    the cache. first: cache row of the first of the B sequences. shape: (B, W).
+    positions: [T] int64 in their sequence, which are also places in the cache. rows: [T] int64,
+    their row of the cache. first: cache row of the first of the B sequences. shape: (B, W).
     reach: how many places of the cache are looked at. padded: [B * W] int64, the token at each
     place; tokens: [T] int64, the place of each token; both None if T is B * W. mask: float,
     [B or 1, 1, W, reach], added to the attention's scores.
@@ -163,7 +163,7 @@ class RowCache(Cache):
 
 
 def _attend(module, query, key, value, attention_mask, packing=None, **options):
-    """Attention of packed queries [1, heads, T, d] over rows of the cache, as transformers calls it."""
+    """Attention of queries [1, heads, T, d] over rows of the cache, as transformers calls it."""
     batch, width = packing.shape
     query = query[0].transpose(0, 1)
     if packing.padded is not None:
