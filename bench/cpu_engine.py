@@ -14,7 +14,8 @@
 All three sample as the release does (exp schedule, DDPM, guidance 2), and with the same noise. The
 engine's lists are compared with torch's, the texts and conditions of all three with each other.
 Every round takes other users, so that the engine's drafts meet new ones; they have been learned
-from the users of the warm-up. Threads: OMP_NUM_THREADS.
+from the users of the warm-up. Beside the time stands the processor's, which other work on the machine
+changes less. Threads: OMP_NUM_THREADS.
 """
 
 import argparse
@@ -226,7 +227,7 @@ def main():
     everybody = np.random.default_rng(0).permutation(len(ways.histories))
     if len(everybody) < args.users:
         parser.error(f"--users: expected at most the data's {len(everybody)}, got {args.users}")
-    seconds, stages, agreements = defaultdict(list), [], []
+    seconds, processor, stages, agreements = defaultdict(list), defaultdict(list), [], []
     recommender.recommend(everybody[: args.users], args.k)  # warm: memory, drafts
     parts = Stages(recommender)
     for number in range(args.rounds):
@@ -239,23 +240,33 @@ def main():
             ("torch", ways.torch, args.users),
             ("released", ways.released, args.few),
         ):
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             found[name] = way(rows[:count], noise[:, :count])
-            seconds[name].append((time.perf_counter() - begin) / count)
+            seconds[name].append((time.perf_counter() - begin[0]) / count)
+            processor[name].append((time.process_time() - begin[1]) / count)
         rest = seconds["engine"][-1] * args.users - sum(parts.seconds.values())
         stages.append({**parts.seconds, "assembly": rest})
         agreements.append(check(found, rows, args.few))
     middle = {name: statistics.median(times) for name, times in seconds.items()}
+    spent = {name: statistics.median(times) for name, times in processor.items()}
     shape = f"{args.users} users, {len(ways.items)} items, {ways.steps} steps, k {args.k}"
     cases = [
         record("recommend", shape, "float32", name, times, torch_s=middle["torch"])
-        | {"users_per_s": 1 / middle[name], "x_released": middle["released"] / middle[name]}
+        | {
+            "users_per_s": 1 / middle[name],
+            "x_released": middle["released"] / middle[name],
+            "processor_us": 1e6 * spent[name],
+            "x_torch_processor": spent["torch"] / spent[name],
+            "x_released_processor": spent["released"] / spent[name],
+        }
         for name, times in seconds.items()
     ]  # fmt: skip
     for case in cases:
         print(
             f"{case['backend']:9} {case['users_per_s']:8.1f} users/s  "
-            f"{case['x_released']:6.1f} x released  {case['x_torch']:5.2f} x torch"
+            f"{case['x_released']:6.1f} x released  {case['x_torch']:5.2f} x torch; processor "
+            f"{case['processor_us']:.0f} us/user  {case['x_released_processor']:.1f} x released  "
+            f"{case['x_torch_processor']:.2f} x torch"
         )
     total = sum(map(sum, (stage.values() for stage in stages)))
     for name in stages[0]:

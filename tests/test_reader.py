@@ -102,9 +102,6 @@ def test_a_text_ends_at_its_end_and_at_the_room():
         class cache:
             device, places = "cpu", 0
 
-            def compact(rows, reach):
-                pass
-
         class backbone:
             get_input_embeddings = staticmethod(lambda: lambda ids: ids[:, None].float())
             get_output_embeddings = staticmethod(

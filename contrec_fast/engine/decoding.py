@@ -11,8 +11,7 @@ class Decoder:
     """Writes on from prompts that a packed model's cache holds.
 
     The result is that of plain greedy decoding: a drafted token stays only if it is what the
-    language model has just written. Finished sequences take no part in any product, and leave
-    the cache when half of those that it holds are finished.
+    language model has just written. Finished sequences take no part in any product.
 
     Args:
         drafts: of the catalog's responses. end: the token id that ends a text. room: the most
@@ -48,16 +47,11 @@ class Decoder:
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.context = best.new_full((batch, CONTEXT), -1)
         self.place = places - 1
-        finished, who = self.written.clone(), torch.arange(batch, device=device)
         self._accept(opening.expand(batch, -1), best.new_full((batch,), len(opening)), best)
-        while left := int(self.alive.sum()):
-            if 2 * left <= len(self.alive):
-                finished[who] = self.written
-                who = who[self._compact()]
+        while self.alive.any():
             self._pass()
-        finished[who] = self.written
-        self.drafts.learn(finished)
-        return finished
+        self.drafts.learn(self.written)
+        return self.written
 
     def _pass(self) -> None:
         draft, drafted = self.drafts.propose(self.context, LONGEST)
@@ -92,11 +86,3 @@ class Decoder:
         self.count = self.count + new.sum(1)
         self.counters["written"] += len(rows)
         self.alive = self.alive & ~ended.any(1) & (self.count < self.room)
-
-    def _compact(self) -> Tensor:
-        """Drop finished sequences; returns which stay."""
-        stay = self.alive.nonzero()[:, 0]
-        self.packed.cache.compact(stay, int(self.place[stay].max()))
-        for name in ("written", "count", "alive", "context", "place"):
-            setattr(self, name, getattr(self, name)[stay])
-        return stay

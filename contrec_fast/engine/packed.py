@@ -7,6 +7,7 @@ linear layer sees padding. Only the attention puts the queries side by side, [B,
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,55 +15,72 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 NAME = "contrec_packed"  # of the attention function, as transformers knows it
+BLOCK = 16  # sequences in one attention: neighbours have similar lengths, so few places are padding
 
 
-@dataclass
-class Packing:
-    """Which sequences packed tokens belong to.
+class Block(NamedTuple):
+    """B sequences whose packed queries go through one attention, W side by side.
 
-    positions: [T] int64 in their sequence, which are also places in the cache. rows: [T] int64,
-    their row of the cache. first: cache row of the first of the B sequences. shape: (B, W).
-    reach: how many places of the cache are looked at. padded: [B * W] int64, the token at each
-    place; tokens: [T] int64, the place of each token; both None if T is B * W. mask: float,
+    tokens: which of the packed ones, t of them. first: cache row of the first sequence. shape:
+    (B, W). reach: how many places of the cache are looked at. padded: [B * W] int64, the token at
+    each place; places: [t] int64, the place of each token; both None if t is B * W. mask: float,
     [B or 1, 1, W, reach], added to the attention's scores.
     """
 
-    positions: Tensor
-    rows: Tensor
+    tokens: slice
     first: int
     shape: tuple[int, int]
     reach: int
     padded: Tensor | None
-    tokens: Tensor | None
+    places: Tensor | None
     mask: Tensor
+
+
+@dataclass
+class Packing:
+    """Which sequences T packed tokens belong to.
+
+    positions: [T] int64 in their sequence, which are also places in the cache. rows: [T] int64,
+    their row of the cache. blocks: what the attention does at a time.
+    """
+
+    positions: Tensor
+    rows: Tensor
+    blocks: list[Block]
 
     @classmethod
     def of(cls, counts: Tensor, positions: Tensor, cache: "RowCache", first: int = 0,
-           reach: int = 0, alike: bool = False) -> "Packing":  # fmt: skip
+           alike: bool = False) -> "Packing":  # fmt: skip
         """The packing of counts [B] tokens at positions [T] of their sequences, both on the host.
 
         Args:
-            alike: all sequences have the same positions, as far as they go: one mask does.
+            first: cache row of the first sequence. alike: all sequences have the same positions,
+            as far as they go: one mask does for all.
         """
-        batch, width = len(counts), int(counts.max())
-        places = torch.arange(width)
-        rows = torch.arange(first, first + batch).repeat_interleave(counts)
-        padded = tokens = None
-        at = positions
-        if len(positions) < batch * width:
-            tokens = (places < counts[:, None]).flatten().nonzero()[:, 0]
-            padded = torch.zeros(batch * width, dtype=torch.int64)
-            padded[tokens] = torch.arange(len(tokens))
-            at = positions[padded]
-        at = at.view(batch, width)
-        if alike:
-            at = at[counts.argmax()][None]
-        reach = reach or int(positions.max()) + 1
-        positions, rows, padded, tokens, at = (
-            x if x is None else x.to(cache.device) for x in (positions, rows, padded, tokens, at)
-        )
-        mask = causal_mask(at, reach, cache.dtype)
-        return cls(positions, rows, first, (batch, width), reach, padded, tokens, mask)
+        rows = torch.arange(first, first + len(counts)).repeat_interleave(counts)
+        blocks, start = [], 0
+        for row, part in zip(range(0, len(counts), BLOCK), counts.split(BLOCK)):
+            tokens = slice(start, start := start + int(part.sum()))
+            if tokens.stop > tokens.start:
+                blocks.append(
+                    _block(part, tokens, positions[tokens], first + row, cache, alike)
+                )
+        return cls(positions.to(cache.device), rows.to(cache.device), blocks)
+
+
+def _block(counts, tokens, positions, first, cache: "RowCache", alike: bool) -> Block:
+    width, reach = int(counts.max()), int(positions.max()) + 1
+    shape, padded, places, at = (len(counts), width), None, None, positions
+    if len(positions) < len(counts) * width:
+        places = (torch.arange(width) < counts[:, None]).flatten().nonzero()[:, 0]
+        padded = torch.zeros(len(counts) * width, dtype=torch.int64)
+        padded[places] = torch.arange(len(places))
+        at = positions[padded]
+        padded, places = padded.to(cache.device), places.to(cache.device)
+    at = at.view(shape)
+    at = (at[counts.argmax()][None] if alike else at).to(cache.device)
+    mask = causal_mask(at, reach, cache.dtype)
+    return Block(tokens, first, shape, reach, padded, places, mask)
 
 
 def causal_mask(positions: Tensor, reach: int, dtype: torch.dtype) -> Tensor:
@@ -97,14 +115,14 @@ class _RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         packing = self.cache.packing
-        heads, rows = key_states.shape[1], slice(packing.first, packing.first + packing.shape[0])
+        heads = key_states.shape[1]
         places = torch.arange(heads, device=packing.rows.device)[:, None] + packing.rows * heads
         slots = (places * self.cache.places + packing.positions).flatten()
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
             stored.flatten(0, 2).index_copy_(0, slots, new[0].flatten(0, 1))
         if self.only_store:
             raise _Stored
-        return self.keys[rows, :, : packing.reach], self.values[rows, :, : packing.reach]
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return 0
@@ -150,12 +168,6 @@ class RowCache(Cache):
                 layer.lazy_initialization(layer.keys[:1], layer.values[:1])
         self._spread()
 
-    def compact(self, rows: Tensor, reach: int) -> None:
-        """Move these rows [b], in ascending order, to the front."""
-        for layer in self.layers:
-            for stored in (layer.keys, layer.values):
-                stored[: len(rows), :, :reach] = stored[rows, :, :reach]
-
     def _spread(self) -> None:
         # Once per allocation: no sequence writes where the prefix is.
         for layer, (keys, values) in zip(self.layers, self._prefix):
@@ -164,17 +176,18 @@ class RowCache(Cache):
 
 def _attend(module, query, key, value, attention_mask, packing=None, **options):
     """Attention of queries [1, heads, T, d] over rows of the cache, as transformers calls it."""
-    batch, width = packing.shape
-    query = query[0].transpose(0, 1)
-    if packing.padded is not None:
-        query = query[packing.padded]
-    query = query.unflatten(0, (batch, width)).transpose(1, 2)
+    query, mixed = query[0].transpose(0, 1), []
     options["is_causal"] = False
-    mixed, _ = _sdpa(module, query, key, value, packing.mask, **options)
-    mixed = mixed.flatten(0, 1)
-    if packing.tokens is not None:
-        mixed = mixed[packing.tokens]
-    return mixed[None], None
+    for block in packing.blocks:
+        part = query[block.tokens]
+        if block.padded is not None:
+            part = part[block.padded]
+        part = part.unflatten(0, block.shape).transpose(1, 2)
+        rows = slice(block.first, block.first + block.shape[0])
+        keys, values = key[rows, :, : block.reach], value[rows, :, : block.reach]
+        part = _sdpa(module, part, keys, values, block.mask, **options)[0].flatten(0, 1)
+        mixed.append(part if block.places is None else part[block.places])
+    return torch.cat(mixed)[None], None
 
 
 _sdpa = AttentionInterface()["sdpa"]
@@ -217,7 +230,7 @@ class PackedModel:
         self.cache.reserve(2, 5)
         keep = torch.tensor([2, 4, 6])
         packing = Packing.of(torch.tensor([5, 2]), positions, self.cache)
-        kept = Packing.of(torch.tensor([2, 1]), positions[keep], self.cache, reach=5)
+        kept = Packing.of(torch.tensor([2, 1]), positions[keep], self.cache)
         keep = keep.to(table.device)
         tolerance = 1e-3 if table.dtype == torch.float32 else 0.1
         while True:
@@ -237,7 +250,7 @@ class PackedModel:
 
         Args:
             keep: [T'] int64, the tokens whose states are wanted, all by default: [T', H] then.
-            kept: their packing, of the same reach.
+            kept: their packing.
         """
         self.cache.packing = packing
         narrowed = keep is not None and self.narrows

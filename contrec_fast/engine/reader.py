@@ -1,6 +1,7 @@
 """The language model's part of inference: histories to conditions and texts."""
 
 import copy
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from contrec_fast.engine.prompting import PackedPrompts, PromptPacker
 from contrec_fast.models.contrec import ContRec
 
 EXAMPLES = 5000  # responses that drafts are made of at first
-BUDGET = {"cpu": 2048, "cuda": 32768}  # tokens in one pass over prompts
+BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens in one pass over prompts
 
 
 class Reader:
@@ -134,14 +135,13 @@ class Reader:
         """
         tokens = self._token_table(packed)
         budget = BUDGET[self.text_table.device.type]
-        longest = (packed.counts + len(opening)).cummax(0).values.tolist()
+        filled = (packed.counts + len(opening)).cumsum(0).tolist()
         wanted = torch.stack(tuple(wanted), dim=1)
         ends = packed.counts.cumsum(0).tolist()
         found, first = [], 0
-        while first < len(longest):
-            last = first + 1
-            while last < len(longest) and longest[last] * (last + 1 - first) <= budget:
-                last += 1
+        while first < len(ends):
+            before = filled[first - 1] if first else 0
+            last = max(bisect_right(filled, before + budget), first + 1)
             part = slice(ends[first - 1] if first else 0, ends[last - 1])
             hidden = self._pass(packed, part, slice(first, last), opening, tokens, wanted)
             found.append(take(hidden))
@@ -163,14 +163,12 @@ class Reader:
             both[~prompt.to(device)] = self.text_table[opening].repeat(len(counts), 1)
             embedded = both
         cache, first = self.packed.cache, users.start
-        reach = self.prefix + int(total.max())
         positions = self.prefix + inside
-        packing = Packing.of(total, positions, cache, first, reach, alike=True)
+        packing = Packing.of(total, positions, cache, first, alike=True)
         wanted = wanted[users]
         keep = (starts[:, None] + wanted).flatten()
-        kept = Packing.of(
-            torch.full_like(counts, wanted.shape[1]), positions[keep], cache, first, reach
-        )
+        kept = torch.full_like(counts, wanted.shape[1])
+        kept = Packing.of(kept, positions[keep], cache, first)
         self.counters["prompts"] += len(inside)
         hidden = self.packed(embedded, packing, keep.to(device), kept)
         return hidden.view(*wanted.shape, -1)
