@@ -62,9 +62,7 @@ class Packing:
         for row, part in zip(range(0, len(counts), BLOCK), counts.split(BLOCK)):
             tokens = slice(start, start := start + int(part.sum()))
             if tokens.stop > tokens.start:
-                blocks.append(
-                    _block(part, tokens, positions[tokens], first + row, cache, alike)
-                )
+                blocks.append(_block(part, tokens, positions[tokens], first + row, cache, alike))
         return cls(positions.to(cache.device), rows.to(cache.device), blocks)
 
 
@@ -149,6 +147,12 @@ class RowCache(Cache):
         self.dtype, self.device, self.rows, self.places = dtype, device, 0, 0
         self.packing: Packing | None = None
         self._prefix: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def place_bytes(self) -> int:
+        """Memory of one place, once something is stored."""
+        found = (x for layer in self.layers for x in (layer.keys, layer.values))
+        return sum(x.shape[1] * x.shape[3] * x.element_size() for x in found)
 
     def keep_prefix(self, length: int) -> None:
         """Let every row begin with what the first places of row 0 hold."""

@@ -16,6 +16,8 @@ from contrec_fast.engine.packed import PackedModel, Packing
 from contrec_fast.engine.prompting import PackedPrompts, PromptPacker
 from contrec_fast.models.contrec import ContRec
 
+CACHE_BYTES = 2**32  # of keys and values; more users than fit are served in turn
+MARGIN = 64  # places for what stands in a prompt beside role and items
 EXAMPLES = 5000  # responses that drafts are made of at first
 BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens in one pass over prompts
 
@@ -74,12 +76,10 @@ class Reader:
         if not self.packed.suits:
             batch = self.prompts.inference_batch(histories)
             return self.model.read(batch.to(self.text_table.device))
-        order = self.packer.order(histories)
-        packed = self.packer.pack([histories[i] for i in order], question=False)
-        self._reserve(packed, 0)
-        nothing = packed.token_ids[:0]
-        hidden = self._prefill(packed, nothing, (packed.reads,), lambda hidden: hidden[:, 0])
-        return self._conditions(hidden, packed)[np.argsort(order)]
+        order, _ = self.packer.order(histories)
+        packed = self.packer.pack([histories[i] for i in order], None)
+        states = self._prefill(packed, packed.reads[:, None], lambda hidden: hidden[:, 0])
+        return self._conditions(torch.cat(states), packed)[np.argsort(order)]
 
     @torch.inference_mode()
     def write(self, histories: Sequence[np.ndarray]) -> tuple[Tensor, list[str]]:
@@ -91,86 +91,89 @@ class Reader:
         if not self.packed.suits:
             batch = self.prompts.inference_batch(histories)
             return self.model.write(batch.to(self.text_table.device))
-        order = self.packer.order(histories)
-        back = np.argsort(order)
-        packed = self.packer.pack([histories[i] for i in order], question=True)
+        order, longest = self.packer.order(histories)
+        room = self.model.config.prompt.response_tokens
+        places = (self.prefix + longest + MARGIN + room) * self.packed.cache.place_bytes
+        most = max(1, CACHE_BYTES // places)
+        parts = [
+            self._write([histories[i] for i in order[first : first + most]])
+            for first in range(0, len(order), most)
+        ]
+        conditions, texts = zip(*parts)
+        texts, back = sum(texts, []), np.argsort(order)
+        return torch.cat(conditions)[back], [texts[i] for i in back]
+
+    def _write(self, histories: Sequence[np.ndarray]) -> tuple[Tensor, list[str]]:
         decoder = self._decoder = self._decoder or self._make_decoder()
-        self._reserve(packed, decoder.room)
-        opening, last = decoder.opening(), packed.counts - 1
-        wanted = [packed.reads, *(last + i for i in range(len(opening) + 1))]
-        hidden, best = zip(*self._prefill(
-            packed, opening, wanted,
-            lambda hidden: (hidden[:, 0].clone(), decoder.greedy(hidden[:, 1:])),
+        opening = decoder.opening()
+        packed = self.packer.pack(histories, opening.cpu().numpy())
+        first = packed.counts - len(opening) - 1  # where the first token is written
+        wanted = [packed.reads, *(first + i for i in range(len(opening) + 1))]
+        states, best = zip(*self._prefill(
+            packed, torch.stack(wanted, dim=1),
+            lambda hidden: (hidden[:, 0].clone(), decoder.greedy(hidden[:, 1:])), decoder.room - len(opening),
         ))  # fmt: skip
-        places = (self.prefix + packed.counts).to(opening.device)
+        places = (self.prefix + first + 1).to(opening.device)
         written = decoder.write(opening, torch.cat(best), places)
         if self.model.config.head.source == "response":
             conditions = self.model.response_conditions(written)
         else:
-            conditions = self._conditions(hidden, packed)
-        lines = [line[line >= 0].tolist() for line in written.cpu().numpy()[back]]
+            conditions = self._conditions(torch.cat(states), packed)
+        lines = [line[line >= 0].tolist() for line in written.cpu().numpy()]
         texts = self.model.text_tokenizer.batch_decode(lines, skip_special_tokens=True)
-        return conditions[back], [text.strip() for text in texts]
+        return conditions, [text.strip() for text in texts]
 
     def _make_decoder(self) -> Decoder:
         end, room = self.model.text_tokenizer.eos_token_id, self.model.config.prompt.response_tokens
         drafts = Drafts(self.prompts.responses(EXAMPLES), end, self.text_table.device)
         return Decoder(self.packed, drafts, end, room, self.counters)
 
-    def _reserve(self, packed: PackedPrompts, room: int) -> None:
-        longest = self.prefix + int(packed.counts.max()) + room
-        self.model.require_positions(longest)
-        self.packed.cache.reserve(len(packed.counts), longest)
-
-    def _conditions(self, hidden: Sequence[Tensor], packed: PackedPrompts) -> Tensor:
-        states = torch.cat(tuple(hidden)).to(self.model.item_vectors.dtype)
+    def _conditions(self, states: Tensor, packed: PackedPrompts) -> Tensor:
+        states = states.to(self.model.item_vectors.dtype)
         return self.model.conditions(states[:, None], packed)
 
-    def _prefill(self, packed: PackedPrompts, opening: Tensor, wanted, take) -> list:
-        """Read prompts, each with the opening of its response behind it, some at a time.
+    def _prefill(
+        self, packed: PackedPrompts, wanted: Tensor, take, room: int | None = None
+    ) -> list:
+        """Read prompts, some at a time.
 
         Args:
-            wanted: places [B] in the prompts, ascending. take: what is kept of the hidden states
-            [b, len(wanted), H] there.
+            wanted: [B, n] places in each prompt, ascending. take: what is kept of the hidden
+            states [b, n, H] there. room: for so many tokens more, the cache keeps a row for each
+            prompt; by default prompts follow one another in the same rows.
         """
-        tokens = self._token_table(packed)
-        budget = BUDGET[self.text_table.device.type]
-        filled = (packed.counts + len(opening)).cumsum(0).tolist()
-        wanted = torch.stack(tuple(wanted), dim=1)
-        ends = packed.counts.cumsum(0).tolist()
-        found, first = [], 0
-        while first < len(ends):
-            before = filled[first - 1] if first else 0
-            last = max(bisect_right(filled, before + budget), first + 1)
-            part = slice(ends[first - 1] if first else 0, ends[last - 1])
-            hidden = self._pass(packed, part, slice(first, last), opening, tokens, wanted)
-            found.append(take(hidden))
-            first = last
+        ends, budget = packed.counts.cumsum(0).tolist(), BUDGET[self.text_table.device.type]
+        parts = [slice(0, 0)]
+        while parts[-1].stop < len(ends):
+            first = parts[-1].stop
+            filled = ends[first - 1] if first else 0
+            parts.append(slice(first, max(bisect_right(ends, filled + budget), first + 1)))
+        rows = len(ends) if room is not None else max(part.stop - part.start for part in parts)
+        longest = self.prefix + int(packed.counts.max())
+        self.model.require_positions(longest + (room or 0))
+        self.packed.cache.reserve(rows, longest + (room or 0))
+        tokens, found = self._token_table(packed), []
+        for part in parts[1:]:
+            row = part.start if room is not None else 0
+            found.append(take(self._pass(packed, part, wanted[part], tokens, row)))
         return found
 
-    def _pass(self, packed, part: slice, users: slice, opening, tokens, wanted) -> Tensor:
-        counts, device = packed.counts[users], opening.device
+    def _pass(self, packed: PackedPrompts, part: slice, wanted: Tensor, tokens: Tensor, row: int):
+        """Hidden states [b, n, H] at places [b, n] of part of the prompts."""
+        counts, cache = packed.counts[part], self.packed.cache
+        starts = counts.cumsum(0) - counts
+        first = int(packed.counts[: part.start].sum())
+        these = slice(first, first + int(counts.sum()))
         embedded = ops.gather_tokens(
-            packed.token_ids[None, part], packed.rows[None, part], self.text_table, tokens
+            packed.token_ids[None, these], packed.rows[None, these], self.text_table, tokens
         )[0]
-        total = counts + len(opening)
-        starts = total.cumsum(0) - total
-        inside = torch.arange(int(total.sum())) - starts.repeat_interleave(total)
-        if len(opening):
-            prompt = inside < counts.repeat_interleave(total)
-            both = embedded.new_empty(len(inside), embedded.shape[1])
-            both[prompt.to(device)] = embedded
-            both[~prompt.to(device)] = self.text_table[opening].repeat(len(counts), 1)
-            embedded = both
-        cache, first = self.packed.cache, users.start
-        positions = self.prefix + inside
-        packing = Packing.of(total, positions, cache, first, alike=True)
-        wanted = wanted[users]
+        positions = self.prefix + torch.arange(len(embedded)) - starts.repeat_interleave(counts)
+        packing = Packing.of(counts, positions, cache, row, alike=True)
         keep = (starts[:, None] + wanted).flatten()
-        kept = torch.full_like(counts, wanted.shape[1])
-        kept = Packing.of(kept, positions[keep], cache, first)
-        self.counters["prompts"] += len(inside)
-        hidden = self.packed(embedded, packing, keep.to(device), kept)
+        each = torch.full_like(counts, wanted.shape[1])
+        kept = Packing.of(each, positions[keep], cache, row)
+        self.counters["prompts"] += len(embedded)
+        hidden = self.packed(embedded, packing, keep.to(embedded.device), kept)
         return hidden.view(*wanted.shape, -1)
 
     def _token_table(self, packed: PackedPrompts) -> Tensor:

@@ -17,7 +17,7 @@ from contrec_fast.data.prompts import CategoryMatcher, Prompts
 from contrec_fast.engine.reader import Reader
 from contrec_fast.models.contrec import ContRec
 
-BATCH = 128
+BATCH = 512
 
 
 @dataclass
