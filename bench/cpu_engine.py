@@ -7,16 +7,16 @@
   10 users at a time, prompts padded to 1,024 tokens, tokens inserted user by user, eager
   attention, `generate` that keeps all hidden states, 2 denoiser calls per step, cosines user by
   user and a full sort. Its bonus is inert.
-- torch: well-written PyTorch: users by length, 64 at a time (which was fastest of 16 to 128), padded
-  to the longest of them, `generate` with the key-value cache and sdpa, the folded sampler, one
-  product and `topk`.
+- torch: well-written PyTorch: users by length, 64 at a time (fastest of 16 to 128), padded to the
+  longest of them, `generate` with the key-value cache and sdpa, the folded sampler, one product
+  and `topk`.
 - engine: `Recommender`.
 
 All three sample as the release does (exp schedule, DDPM, guidance 2), and with the same noise. The
 engine's lists are compared with torch's, the texts and conditions of all three with each other.
 Every round takes other users, so that the engine's drafts meet new ones; they have been learned
-from the users of the warm-up. Beside the time stands the processor's, which other work on the machine
-changes less. Threads: OMP_NUM_THREADS.
+from the users of the warm-up. Beside the time stands the processor's, which other work on the
+machine changes less. Threads: OMP_NUM_THREADS.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from released import ReleasedDenoiser, insert_tokens, rank, sample, schedule
 from reporting import environment, positive, record, store
 from torch_sampler import TorchSampler
 from torch_topk import torch_topk
+
 from contrec_fast import ContRec, ops
 from contrec_fast.config import apply_overrides
 from contrec_fast.data import synthetic_shop
@@ -149,7 +149,8 @@ class Ways:
 
     def _inserted(self, batch: PromptBatch):
         """Embeddings, the items' tokens made and written user by user."""
-        table, tokens = self.model.backbone.get_input_embeddings().weight, self.engine.prompts.tokens
+        table = self.model.backbone.get_input_embeddings().weight
+        tokens = self.engine.prompts.tokens
         first = len(table)
         table = torch.cat([table, table[:1]])
         begins = (batch.rows >= 0) & (batch.rows % tokens == 0)
@@ -203,16 +204,22 @@ def load(args) -> Recommender:
     return Recommender(model, model.dataset)
 
 
-def check(found: dict, rows: np.ndarray, few: int) -> dict:
+def check(found: dict, few: int) -> dict:
     """How far the ways agree on a round's users; lists must be the same but for rounding."""
     ids, texts, _ = found["engine"]
     expected, written, condition = found["torch"]
-    released = found["released"]
+    _, released, conditions = found["released"]
+
+    def alike(first, second):
+        return float(np.mean([a == b for a, b in zip(first, second)]))
+
     agreement = {
         "lists like torch's": float((ids == expected).all(1).float().mean()),
-        "texts like torch's": float(np.mean([a == b for a, b in zip(texts, written)])),
-        "released texts like torch's": float(np.mean([a == b for a, b in zip(released[1], written)])),
-        "released conditions, largest difference": float((released[2] - condition[:few]).abs().max()),
+        "texts like torch's": alike(texts, written),
+        "released texts like torch's": alike(released, written),
+        "released conditions, largest difference": float(
+            (conditions - condition[:few]).abs().max()
+        ),
     }
     if agreement["lists like torch's"] < 0.98 or agreement["texts like torch's"] < 0.98:
         raise SystemExit(f"the engine's lists differ: {agreement}")
@@ -252,18 +259,18 @@ def main():
             processor[name].append((time.process_time() - begin[1]) / count)
         rest = seconds["engine"][-1] * args.users - sum(parts.seconds.values())
         stages.append({**parts.seconds, "assembly": rest})
-        agreements.append(check(found, rows, args.few))
+        agreements.append(check(found, args.few))
     middle = {name: statistics.median(times) for name, times in seconds.items()}
-    spent = {name: statistics.median(times) for name, times in processor.items()}
+    cpu = {name: statistics.median(times) for name, times in processor.items()}
     shape = f"{args.users} users, {len(ways.items)} items, {ways.steps} steps, k {args.k}"
     cases = [
         record("recommend", shape, "float32", name, times, torch_s=middle["torch"])
         | {
             "users_per_s": 1 / middle[name],
             "x_released": middle["released"] / middle[name],
-            "processor_us": 1e6 * spent[name],
-            "x_torch_processor": spent["torch"] / spent[name],
-            "x_released_processor": spent["released"] / spent[name],
+            "processor_us": 1e6 * cpu[name],
+            "x_torch_processor": cpu["torch"] / cpu[name],
+            "x_released_processor": cpu["released"] / cpu[name],
         }
         for name, times in seconds.items()
     ]  # fmt: skip
@@ -277,7 +284,8 @@ def main():
     total = sum(map(sum, (stage.values() for stage in stages)))
     for name in stages[0]:
         spent = sum(stage[name] for stage in stages)
-        print(f"  {name:9} {1e6 * spent / args.rounds / args.users:7.0f} us/user {spent / total:6.1%}")
+        each = 1e6 * spent / args.rounds / args.users
+        print(f"  {name:9} {each:7.0f} us/user {spent / total:6.1%}")
     print(agreements[0], recommender.reader.counters)
     if args.out:
         settings = vars(args) | {"run": "trained model" if args.run else "demo shop"}

@@ -1,10 +1,12 @@
 """Greedy decoding of many responses at once, several tokens a pass where a draft holds."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from contrec_fast.engine.drafts import CONTEXT, LONGEST, Drafts
 from contrec_fast.engine.packed import PackedModel, Packing
+
+ROWS, GROUP = 512, 64  # of logits at a time, columns of them
 
 
 class Decoder:
@@ -32,7 +34,10 @@ class Decoder:
 
     def greedy(self, hidden: Tensor) -> Tensor:
         """The most likely next token [...] after each of the hidden states [..., H]."""
-        return self.head(hidden).argmax(-1)
+        plain = type(self.head) is nn.Linear and self.head.bias is None
+        if not plain or hidden.device.type != "cpu":
+            return self.head(hidden).argmax(-1)
+        return _greedy(hidden.flatten(0, -2), self.head.weight).view(hidden.shape[:-1])
 
     def write(self, opening: Tensor, best: Tensor, places: Tensor) -> Tensor:
         """Responses [B, room], -1 behind their end.
@@ -86,3 +91,24 @@ class Decoder:
         self.count = self.count + new.sum(1)
         self.counters["written"] += len(rows)
         self.alive = self.alive & ~ended.any(1) & (self.count < self.room)
+
+
+def _greedy(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Argmax [T] of hidden [T, H] @ weight [V, H].T, the first one where several are largest.
+
+    Twice as fast on a CPU than product and argmax: the logits of some rows stay in a cache,
+    and a maximum is vectorised where an argmax is not, so that it is only looked for in the group
+    of columns that holds the maximum.
+    """
+    vocabulary = len(weight)
+    groups = -(-vocabulary // GROUP)
+    logits = hidden.new_full((ROWS, groups * GROUP), -torch.inf)
+    found = hidden.new_empty(len(hidden), dtype=torch.int64)
+    for part, out in zip(hidden.split(ROWS), found.split(ROWS)):
+        rows = logits[: len(part)]
+        torch.mm(part, weight.T, out=rows[:, :vocabulary])
+        grouped = rows.view(-1, groups, GROUP)
+        group = grouped.amax(2).argmax(1, keepdim=True)
+        inside = grouped.take_along_dim(group[..., None], dim=1)[:, 0].argmax(1, keepdim=True)
+        out.copy_((group * GROUP + inside)[:, 0])
+    return found

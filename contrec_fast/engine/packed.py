@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -59,10 +60,11 @@ class Packing:
         """
         rows = torch.arange(first, first + len(counts)).repeat_interleave(counts)
         blocks, start = [], 0
-        for row, part in zip(range(0, len(counts), BLOCK), counts.split(BLOCK)):
+        for row, part in zip(range(first, first + len(counts), BLOCK), counts.split(BLOCK)):
             tokens = slice(start, start := start + int(part.sum()))
             if tokens.stop > tokens.start:
-                blocks.append(_block(part, tokens, positions[tokens], first + row, cache, alike))
+                at = positions[tokens].numpy()
+                blocks.append(_block(part.numpy(), tokens, at, row, cache, alike))
         return cls(positions.to(cache.device), rows.to(cache.device), blocks)
 
 
@@ -70,13 +72,13 @@ def _block(counts, tokens, positions, first, cache: "RowCache", alike: bool) -> 
     width, reach = int(counts.max()), int(positions.max()) + 1
     shape, padded, places, at = (len(counts), width), None, None, positions
     if len(positions) < len(counts) * width:
-        places = (torch.arange(width) < counts[:, None]).flatten().nonzero()[:, 0]
-        padded = torch.zeros(len(counts) * width, dtype=torch.int64)
-        padded[places] = torch.arange(len(places))
+        places = np.flatnonzero(np.arange(width) < counts[:, None])
+        padded = np.zeros(len(counts) * width, dtype=np.int64)
+        padded[places] = np.arange(len(places))
         at = positions[padded]
-        padded, places = padded.to(cache.device), places.to(cache.device)
-    at = at.view(shape)
-    at = (at[counts.argmax()][None] if alike else at).to(cache.device)
+        padded, places = (torch.from_numpy(x).to(cache.device) for x in (padded, places))
+    at = at.reshape(shape)
+    at = torch.from_numpy(at[counts.argmax()][None] if alike else at).to(cache.device)
     mask = causal_mask(at, reach, cache.dtype)
     return Block(tokens, first, shape, reach, padded, places, mask)
 

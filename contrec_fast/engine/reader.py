@@ -109,10 +109,12 @@ class Reader:
         packed = self.packer.pack(histories, opening.cpu().numpy())
         first = packed.counts - len(opening) - 1  # where the first token is written
         wanted = [packed.reads, *(first + i for i in range(len(opening) + 1))]
-        states, best = zip(*self._prefill(
-            packed, torch.stack(wanted, dim=1),
-            lambda hidden: (hidden[:, 0].clone(), decoder.greedy(hidden[:, 1:])), decoder.room - len(opening),
-        ))  # fmt: skip
+
+        def take(hidden):
+            return hidden[:, 0].clone(), decoder.greedy(hidden[:, 1:])
+
+        room = decoder.room - len(opening)
+        states, best = zip(*self._prefill(packed, torch.stack(wanted, dim=1), take, room))
         places = (self.prefix + first + 1).to(opening.device)
         written = decoder.write(opening, torch.cat(best), places)
         if self.model.config.head.source == "response":
