@@ -113,7 +113,7 @@ def test_a_text_ends_at_its_end_and_at_the_room():
 
     Packed.cache.dtype = torch.float32
     examples = np.array([[3, 4, 5, 6, 7, 8, 20], [4, 5, 6, 20, -1, -1, -1]])
-    counters = {"passes": 0, "fed": 0, "written": 0}
+    counters = {"passes": 0, "fed": 0, "replays": 0, "written": 0}
     decoder = Decoder(Packed(), Drafts(examples, end, "cpu"), end, room, counters)
     for _ in range(2):  # the second time with drafts of what was written
         opening = decoder.opening()
@@ -125,6 +125,7 @@ def test_a_text_ends_at_its_end_and_at_the_room():
             text = [(start + i) % vocabulary for i in range(room)]
             text = text[: text.index(end) + 1] if end in text else text
             assert line == text + [-1] * (room - len(text))
+    assert counters["passes"] > 0 == counters["replays"]
     assert counters["written"] == 2 * int((written >= 0).sum())
 
 
@@ -199,6 +200,43 @@ def test_bfloat16_is_near():
     assert len(texts) == len(histories)
     error = (found - expected).norm() / expected.norm()
     assert 0 < error < 0.05
+
+
+def prepared(device):
+    """A reader with passes of fixed shapes, and histories of which it has seen longer ones."""
+    model = copy.deepcopy(random_model("prompt.response_tokens=33")).to(device)
+    reader = Reader(model, prompts_of(model))
+    histories = [random_history(length) for length in [*np.random.randint(1, 25, 80), 20, 20]]
+    reader.warm_up(histories)
+    return reader, histories
+
+
+def check_fixed(device):
+    reader, histories = prepared(device)
+    for count in (1, 3, 64, 65, 80):
+        before = dict(reader.counters)
+        batch = reader.prompts.inference_batch(histories[:count]).to(device)
+        expected, texts = reader.model.write(batch)
+        found, written = reader.write(histories[:count])
+        assert written == texts
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert reader.counters["replays"] > before["replays"]
+        assert (reader.counters["passes"] == before["passes"]) == (count <= 64)
+    return reader
+
+
+def test_passes_of_fixed_shapes():
+    reader = check_fixed("cpu")
+    assert reader.counters["captures"] == 0
+    replays = reader.counters["replays"]
+    same(reader, [random_history(3)] * 90)  # more than there were: the cache is allocated anew
+    assert reader.counters["replays"] == replays
+
+
+@pytest.mark.gpu
+def test_graphs_are_captured_once():
+    reader = check_fixed("cuda")
+    assert reader.counters["captures"] == 7  # 1, 2, ..., 64
 
 
 # Drafts

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from contrec_fast.engine.drafts import CONTEXT, LONGEST, Drafts
+from contrec_fast.engine.fixed import WIDTH, FixedPasses
 from contrec_fast.engine.packed import PackedModel, Packing
 
 ROWS, GROUP = 512, 64  # of logits at a time, columns of them
@@ -17,7 +18,8 @@ class Decoder:
 
     Args:
         drafts: of the catalog's responses. end: the token id that ends a text. room: the most
-        tokens of a response. counters: "passes", "fed" and "written" tokens are added up there.
+        tokens of a response. counters: "passes" without padding, the tokens "fed" in them,
+        "replays" of passes of fixed shapes and "written" tokens are added up there.
     """
 
     def __init__(self, packed: PackedModel, drafts: Drafts, end: int, room: int, counters: dict):
@@ -25,6 +27,7 @@ class Decoder:
         self.counters = counters
         self.embed = packed.backbone.get_input_embeddings()
         self.head = packed.backbone.get_output_embeddings()
+        self.fixed = FixedPasses(packed, self.embed, self.greedy, counters)
 
     def opening(self) -> Tensor:
         """[n] draft of what every response begins with, to be fed behind the prompt."""
@@ -53,8 +56,11 @@ class Decoder:
         self.context = best.new_full((batch, CONTEXT), -1)
         self.place = places - 1
         self._accept(opening.expand(batch, -1), best.new_full((batch,), len(opening)), best)
-        while self.alive.any():
-            self._pass()
+        while left := int(self.alive.sum()):
+            if self.fixed.covers(left):
+                self._fixed_pass()
+            else:
+                self._pass()
         self.drafts.learn(self.written)
         return self.written
 
@@ -73,6 +79,16 @@ class Decoder:
         best[real] = self.greedy(self.packed(self.embed(fed[real]), packing))
         self.counters["passes"] += 1
         self.counters["fed"] += len(positions)
+        self._accept(draft, drafted, best)
+
+    def _fixed_pass(self) -> None:
+        live = self.alive.nonzero()[:, 0]
+        draft, drafted = self.drafts.propose(self.context, WIDTH - 1)
+        drafted = drafted.minimum(self.room - 1 - self.count)
+        fed = torch.cat([self.context[live, -1:], draft[live]], dim=1)
+        best = self.context.new_zeros(len(self.alive), WIDTH)
+        best[live] = self.fixed(fed, self.place[live], live)
+        self.counters["replays"] += 1
         self._accept(draft, drafted, best)
 
     def _accept(self, draft: Tensor, drafted: Tensor, best: Tensor) -> None:

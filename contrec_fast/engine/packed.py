@@ -22,14 +22,14 @@ BLOCK = 16  # sequences in one attention: neighbours have similar lengths, so fe
 class Block(NamedTuple):
     """B sequences whose packed queries go through one attention, W side by side.
 
-    tokens: which of the packed ones, t of them. first: cache row of the first sequence. shape:
+    tokens: which of the packed ones, t of them. rows: of the cache, a slice or [B] int64. shape:
     (B, W). reach: how many places of the cache are looked at. padded: [B * W] int64, the token at
     each place; places: [t] int64, the place of each token; both None if t is B * W. mask: float,
     [B or 1, 1, W, reach], added to the attention's scores.
     """
 
     tokens: slice
-    first: int
+    rows: slice | Tensor
     shape: tuple[int, int]
     reach: int
     padded: Tensor | None
@@ -80,7 +80,8 @@ def _block(counts, tokens, positions, first, cache: "RowCache", alike: bool) -> 
     at = at.reshape(shape)
     at = torch.from_numpy(at[counts.argmax()][None] if alike else at).to(cache.device)
     mask = causal_mask(at, reach, cache.dtype)
-    return Block(tokens, first, shape, reach, padded, places, mask)
+    rows = slice(first, first + len(counts))
+    return Block(tokens, rows, shape, reach, padded, places, mask)
 
 
 def causal_mask(positions: Tensor, reach: int, dtype: torch.dtype) -> Tensor:
@@ -189,8 +190,7 @@ def _attend(module, query, key, value, attention_mask, packing=None, **options):
         if block.padded is not None:
             part = part[block.padded]
         part = part.unflatten(0, block.shape).transpose(1, 2)
-        rows = slice(block.first, block.first + block.shape[0])
-        keys, values = key[rows, :, : block.reach], value[rows, :, : block.reach]
+        keys, values = (x[:, :, : block.reach][block.rows] for x in (key, value))
         part = _sdpa(module, part, keys, values, block.mask, **options)[0].flatten(0, 1)
         mixed.append(part if block.places is None else part[block.places])
     return torch.cat(mixed)[None], None

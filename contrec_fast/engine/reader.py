@@ -12,6 +12,7 @@ from contrec_fast import ops
 from contrec_fast.data.prompts import Prompts
 from contrec_fast.engine.decoding import Decoder
 from contrec_fast.engine.drafts import Drafts
+from contrec_fast.engine.fixed import WIDTH
 from contrec_fast.engine.packed import PackedModel, Packing
 from contrec_fast.engine.prompting import PackedPrompts, PromptPacker
 from contrec_fast.models.contrec import ContRec
@@ -40,7 +41,9 @@ class Reader:
         2 to 3 digits and may change words of the texts.
 
     Attributes:
-        counters: tokens of "prompts" read, decoding "passes", tokens "fed" in them and "written".
+        counters: tokens of "prompts" read; decoding "passes" and the tokens "fed" in them;
+        "captures" of CUDA graphs and their "replays" (passes are what no graph served); tokens
+        "written".
     """
 
     def __init__(self, model: ContRec, prompts: Prompts, dtype: torch.dtype | None = None):
@@ -49,7 +52,8 @@ class Reader:
             backbone = copy.deepcopy(backbone).to(dtype)
         self.model, self.prompts = model, prompts
         self.packed = PackedModel(backbone)
-        self.counters = {"prompts": 0, "passes": 0, "fed": 0, "written": 0}
+        names = ("prompts", "passes", "fed", "replays", "captures", "written")
+        self.counters = dict.fromkeys(names, 0)
         self.text_table = backbone.get_input_embeddings().weight.detach()
         self.tokens = model.item_tokens.flatten(0, 1).to(self.text_table.dtype)
         self.packer = PromptPacker(prompts, len(model.item_tokens), self.text_table.device)
@@ -65,6 +69,17 @@ class Reader:
         packing = Packing.of(torch.tensor([self.prefix]), torch.arange(self.prefix), cache)
         self.packed(self.text_table[token_ids.to(cache.device)], packing)
         cache.keep_prefix(self.prefix)
+
+    @torch.inference_mode()
+    def warm_up(self, histories: Sequence[np.ndarray]) -> None:
+        """Write for users like those to come, then capture CUDA graphs (`engine.fixed`).
+
+        Nothing is captured later: longer prompts or more users at once than here are served
+        without graphs. Of no use on a CPU, where the same passes run as they are.
+        """
+        self.write(histories)
+        if self._decoder is not None:
+            self._decoder.fixed.prepare()
 
     @torch.inference_mode()
     def read(self, histories: Sequence[np.ndarray]) -> Tensor:
@@ -144,7 +159,10 @@ class Reader:
             states [b, n, H] there. room: for so many tokens more, the cache keeps a row for each
             prompt; by default prompts follow one another in the same rows.
         """
-        ends, budget = packed.counts.cumsum(0).tolist(), BUDGET[self.text_table.device.type]
+        ends, budget = (
+            packed.counts.cumsum(0).tolist(),
+            BUDGET.get(self.text_table.device.type, BUDGET["cuda"]),
+        )
         parts = [slice(0, 0)]
         while parts[-1].stop < len(ends):
             first = parts[-1].stop
@@ -153,7 +171,8 @@ class Reader:
         rows = len(ends) if room is not None else max(part.stop - part.start for part in parts)
         longest = self.prefix + int(packed.counts.max())
         self.model.require_positions(longest + (room or 0))
-        self.packed.cache.reserve(rows, longest + (room or 0))
+        # Passes of fixed shapes write a draft's width behind a response, too.
+        self.packed.cache.reserve(rows, longest + (0 if room is None else room + WIDTH))
         tokens, found = self._token_table(packed), []
         for part in parts[1:]:
             row = part.start if room is not None else 0
