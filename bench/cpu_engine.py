@@ -14,8 +14,8 @@
 
 All three sample as the release does (exp schedule, DDPM, guidance 2), and with the same noise. The
 engine's lists are compared with torch's, the texts and conditions of all three with each other.
-Every round takes other users, so that the engine's drafts meet new ones; they have been learned
-from the users of the warm-up. Beside the time stands the processor's, which other work on the
+Every round takes other users, so that the engine's drafts meet new ones; they are learned from the
+users of the warm-up, as many at most, and of the rounds before. Beside the time stands the processor's, which other work on the
 machine changes less. Threads: OMP_NUM_THREADS.
 """
 
@@ -229,23 +229,25 @@ def check(found: dict, few: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="folder of a trained model")
-    parser.add_argument("--users", type=positive, default=512, help="per round; 512")
+    parser.add_argument("--users", type=positive, default=400, help="per round; 400")
     parser.add_argument("--few", type=positive, default=AT_ONCE, help="of them, released way; 10")
-    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--k", type=positive, default=20)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     recommender = load(args)
     ways = Ways(recommender, args.k)
     everybody = np.random.default_rng(0).permutation(len(ways.histories))
-    if len(everybody) < args.users:
-        parser.error(f"--users: expected at most the data's {len(everybody)}, got {args.users}")
+    args.users = min(args.users, len(everybody) // (args.rounds + 1))
+    args.few = min(args.few, args.users)
+    if not args.users:
+        parser.error(f"--rounds: expected fewer than the data's {len(everybody)} users")
+    warm = len(everybody) - args.rounds * args.users
     seconds, processor, stages, agreements = defaultdict(list), defaultdict(list), [], []
-    recommender.recommend(everybody[: args.users], args.k)  # warm: memory, drafts
+    recommender.recommend(everybody[: min(warm, args.users)], args.k)  # memory, drafts
     parts = Stages(recommender)
     for number in range(args.rounds):
-        start = args.users * (number + 1)
-        rows = np.take(everybody, range(start, start + args.users), mode="wrap")
+        rows = everybody[warm + number * args.users :][: args.users]
         noise, found = ways.noise(rows), {}
         parts.seconds.clear()
         for name, way, count in (
