@@ -15,8 +15,8 @@
 All three sample as the release does (exp schedule, DDPM, guidance 2), and with the same noise. The
 engine's lists are compared with torch's, the texts and conditions of all three with each other.
 Every round takes other users, so that the engine's drafts meet new ones; they are learned from the
-users of the warm-up, as many at most, and of the rounds before. Beside the time stands the processor's, which other work on the
-machine changes less. Threads: OMP_NUM_THREADS.
+users of the warm-up, as many at most, and of the rounds before. Beside the time stands the
+processor's, which other work on the machine changes less. Threads: OMP_NUM_THREADS.
 """
 
 import argparse

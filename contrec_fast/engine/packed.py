@@ -60,15 +60,15 @@ class Packing:
         """
         rows = torch.arange(first, first + len(counts)).repeat_interleave(counts)
         blocks, start = [], 0
-        for row, part in zip(range(first, first + len(counts), BLOCK), counts.split(BLOCK)):
+        for busy in counts.nonzero()[:, 0].split(BLOCK):
+            part = counts[busy].numpy()
             tokens = slice(start, start := start + int(part.sum()))
-            if tokens.stop > tokens.start:
-                at = positions[tokens].numpy()
-                blocks.append(_block(part.numpy(), tokens, at, row, cache, alike))
+            at = positions[tokens].numpy()
+            blocks.append(_block(part, tokens, at, first + busy, cache, alike))
         return cls(positions.to(cache.device), rows.to(cache.device), blocks)
 
 
-def _block(counts, tokens, positions, first, cache: "RowCache", alike: bool) -> Block:
+def _block(counts, tokens, positions, rows, cache: "RowCache", alike: bool) -> Block:
     width, reach = int(counts.max()), int(positions.max()) + 1
     shape, padded, places, at = (len(counts), width), None, None, positions
     if len(positions) < len(counts) * width:
@@ -80,7 +80,11 @@ def _block(counts, tokens, positions, first, cache: "RowCache", alike: bool) -> 
     at = at.reshape(shape)
     at = torch.from_numpy(at[counts.argmax()][None] if alike else at).to(cache.device)
     mask = causal_mask(at, reach, cache.dtype)
-    rows = slice(first, first + len(counts))
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows):
+        rows = slice(first, last + 1)  # which needs no copy of keys and values
+    else:
+        rows = rows.to(cache.device)
     return Block(tokens, rows, shape, reach, padded, places, mask)
 
 
