@@ -18,7 +18,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from contrec_fast.data.interactions import Items
 from contrec_fast.engine import reader as reader_module
-from contrec_fast.engine.decoding import Decoder
+from contrec_fast.engine.decoding import Decoder, greedy
 from contrec_fast.engine.drafts import CONTEXT, LONGEST, RECENT, Drafts
 from contrec_fast.engine.reader import Reader
 
@@ -127,6 +127,14 @@ def test_a_text_ends_at_its_end_and_at_the_room():
             assert line == text + [-1] * (room - len(text))
     assert counters["passes"] > 0 == counters["replays"]
     assert counters["written"] == 2 * int((written >= 0).sum())
+
+
+@pytest.mark.parametrize("vocabulary", [1, 63, 64, 65, 300])
+def test_greedy_is_the_first_of_the_largest(vocabulary):
+    for count in (0, 1, 127, 513):
+        hidden = torch.randint(-2, 3, (count, 5)).float()
+        weight = torch.randint(-2, 3, (vocabulary, 5)).float()  # many ties, and exact
+        assert torch.equal(greedy(hidden, weight), (hidden @ weight.T).argmax(1))
 
 
 def test_titles_with_special_characters(monkeypatch):
