@@ -229,9 +229,9 @@ def check(found: dict, few: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="folder of a trained model")
-    parser.add_argument("--users", type=positive, default=400, help="per round; 400")
+    parser.add_argument("--users", type=positive, default=512, help="per round; 512")
     parser.add_argument("--few", type=positive, default=AT_ONCE, help="of them, released way; 10")
-    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--k", type=positive, default=20)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
