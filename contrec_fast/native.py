@@ -47,8 +47,8 @@ def serves(tensor: Tensor) -> bool:
 def philox_normal(seed: Tensor, user_ids: Tensor, dim: int, step: int, draw: int = 0) -> Tensor:
     """`contrec_fast.ops.noise.philox_normal` in C++, for tensors that `serves` accepts.
 
-    The integers are identical; the normals are float32 roundings of double-precision values that
-    differ in their last places, so that about one in a million is off by one unit in the last.
+    The integers are identical; the normals, computed in float32, are within 4 units in the last
+    place of the reference's (97 in 100 within one), and zeros are the same.
 
     Args:
         seed: int64 scalar tensor. user_ids: [B] int64. dim: width D. step, draw: below 65,536.

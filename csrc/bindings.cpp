@@ -39,10 +39,11 @@ py::dict build_info() {
 
 // Addresses come as integers (`tensor.data_ptr()`); the caller checks shapes and dtypes.
 void philox_normal(std::uint64_t seed, std::uintptr_t user_ids, std::int64_t batch,
-                   std::int64_t dim, std::uint32_t column, std::uintptr_t out, int threads) {
+                   std::int64_t dim, std::uint32_t column, std::uintptr_t out, int threads,
+                   const std::string& isa) {
   py::gil_scoped_release release;
   contrec::cpu::philox_normal(seed, reinterpret_cast<const std::int64_t*>(user_ids), batch, dim,
-                              column, reinterpret_cast<float*>(out), threads);
+                              column, reinterpret_cast<float*>(out), threads, isa);
 }
 
 template <typename T>
@@ -180,8 +181,10 @@ PYBIND11_MODULE(_C, module) {
              "Compiler, OpenMP, and the instruction sets of the processor this runs on.");
   module.def("philox_normal", &philox_normal, py::arg("seed"), py::arg("user_ids"),
              py::arg("batch"), py::arg("dim"), py::arg("column"), py::arg("out"),
-             py::arg("threads"),
+             py::arg("threads"), py::arg("isa") = "",
              "Write [batch, dim] float32 normals at the address `out`; see csrc/cpu/philox.h.");
+  module.def("philox_instruction_sets", &contrec::cpu::philox_instruction_sets,
+             "Values of `isa` that this processor has, best first.");
   module.def("cosine_topk", &cosine_topk, py::kw_only(), py::arg("queries"),
              py::arg("query_dtype"), py::arg("batch"), py::arg("vectors"), py::arg("vector_dtype"),
              py::arg("rows"), py::arg("dim"), py::arg("norms"), py::arg("scan"),
