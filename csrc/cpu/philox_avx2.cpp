@@ -1,4 +1,7 @@
 // Normals with AVX2.
+#include <cmath>
+#include <cstring>
+
 #include "cpu/clones.h"
 #include "cpu/philox.h"
 

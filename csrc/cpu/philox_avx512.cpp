@@ -1,4 +1,7 @@
 // Normals with AVX-512F.
+#include <cmath>
+#include <cstring>
+
 #include "cpu/clones.h"
 #include "cpu/philox.h"
 

@@ -1,5 +1,6 @@
 // Normals of a few counters, for the philox*.cpp: one copy for each instruction set, all the same
-// bits. Before this come Lanes (64-bit integers, or one) and product (of their lower halves).
+// bits. Before this come Lanes (a vector of 64-bit integers, or one) and product (of the lower
+// halves).
 #pragma once
 
 #include <cmath>
@@ -74,13 +75,15 @@ inline float radius_of(std::int32_t whole) {
   return std::sqrt((power * -0x1.62e4p+0f - 2.0f * t) - small);
 }
 
-// Box-Muller: u = (first + 1) / 2^24 of the upper 24 bits, the angle 2 pi second / 2^24.
+// Box-Muller: u = (first + 1) / 2^24 of the upper 24 bits, the angle 2 pi second / 2^24. The
+// relative errors are below 1.6 * 2^-24 in the radius, 1.2 in the sine and 1.6 in the cosine
+// (checked for each of the 2^22 rests), which with two roundings bounds the distance from the
+// rounded exact normal to 4 ulp; of 300 million compared, 16 were 3 apart and none more.
 inline void box_muller(std::uint32_t first, std::uint32_t second, float& x, float& y) {
   const float radius = radius_of(std::int32_t(first >> 8) + 1);
-  // The nearest quarter turn, and a rest of at most half of one, `turn` in quarters: exact, so
-  // that sine is relatively accurate near zero. Series with the least relative error; in the
-  // sine's the first coefficient, pi / 2, is a short number, whose product is exact, and a rest.
-  // Relative errors below 1.2 and 1.6 * 2^-24 (checked for each of the 2^22).
+  // The nearest quarter turn and the signed rest, at most half of one, in quarters: both exact, so
+  // that sines near zero are accurate too. Series with the least relative error; the sine's first
+  // coefficient, pi / 2, is split so that one part's product is exact.
   const std::uint32_t quarter = second + (1u << 29);
   const float turn = float(std::int32_t(second << 2) >> 10) * 0x1p-22f;
   const float square = turn * turn;
