@@ -39,19 +39,21 @@ class Rows:
         self.common = {"operation": operation, "backend": backend, "architecture": architecture()}
         sources = dispatch._implementations[operation][backend].sources
         self.source = dispatch.source_hash(*sources)
+        self._write()
 
     def add(self, bucket: str, speedup: float) -> None:
         """A case: how much faster than the reference it was, 0 if it was not right."""
         self.found.setdefault(bucket, []).append(speedup)
-        if self.path is not None:
-            write_rows(self.path, self.complete())
+        self._write()
 
-    def complete(self) -> list[dict]:
-        return [
+    def _write(self) -> None:
+        complete = [
             self.common | {"bucket": bucket, "source": self.source, "speedup": round(min(cases), 3)}
             for bucket, cases in self.found.items()
             if len(cases) == self.planned[bucket]
         ]
+        if self.path is not None:
+            write_rows(self.path, complete)
 
 
 def architecture() -> str:

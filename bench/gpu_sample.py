@@ -34,7 +34,7 @@ from torch_timing import capture, relative_error
 from contrec_fast.ops import plan_sampling, triton_sampling
 from contrec_fast.ops.denoise import describe
 
-KINDS = ("mlp", "linear", "adaln", "separable")
+KINDS = ("linear", "adaln", "separable", "mlp")
 FORMS = ("persistent", "persistent-pre", "step", "step-pre", "cooperative-pre")
 ROTATED, CHECKED = 4, 8
 
@@ -185,7 +185,8 @@ def main() -> int:
         for name, seconds in times.items():
             done = record(
                 "sample", shape, dtype, name, seconds, flops, case.moved,
-                max(flops / rate, case.moved / bandwidth), median["torch"], median.get("compile+graph"),
+                max(flops / rate, case.moved / bandwidth), median["torch"],
+                median.get("compile+graph"),
             )  # fmt: skip
             print(line(done), flush=True)
             ratios = {"x_reference": median["reference"] / median[name]}
