@@ -93,8 +93,8 @@ case "$1" in
     export TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES=;;
 esac
 case "$1" in
-  bench/gpu_topk.py) set -- "$@" --dims 8 --batches 1 --items 2500 --repeats 1;;
-  bench/gpu_sample.py) set -- "$@" --dims 8 --batches 1 --steps 2 --repeats 1 --dtypes fp32;;
+  bench/gpu_topk.py) set -- "$@" --dims 8 --batches 1 --items 129 --repeats 1;;
+  bench/gpu_sample.py) set -- "$@" --dims 8 --batches 1 --steps 1 --repeats 1 --dtypes fp32;;
 esac
 exec "$REAL_PYTHON" "$@"
 """,
