@@ -7,5 +7,14 @@ from contrec_fast.engine.recommender import (
     recommend,
     stable_id,
 )
+from contrec_fast.engine.stream import recommend_iter, write_lists
 
-__all__ = ["Recommendations", "Recommender", "best_of_draws", "recommend", "stable_id"]
+__all__ = [
+    "Recommendations",
+    "Recommender",
+    "best_of_draws",
+    "recommend",
+    "recommend_iter",
+    "stable_id",
+    "write_lists",
+]

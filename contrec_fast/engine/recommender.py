@@ -77,14 +77,9 @@ class Recommender:
             ValueError: no rows, a row that no user has, or k not in 1..N, in one line.
             TypeError: k is no whole number.
         """
-        if not isinstance(k, Integral):
-            raise TypeError(f"k: expected a whole number, got {k!r}")
+        rows = np.asarray(rows)
+        self.check(rows, k)  # before the language model has read anything
         k = int(k)
-        rows, users, items = np.asarray(rows), len(self.dataset.histories), len(self.catalog)
-        if not 1 <= k <= items:  # before the language model has read anything
-            raise ValueError(f"k: expected 1 to the catalog's {items} items, got {k}")
-        if not len(rows) or rows.min() < 0 or rows.max() >= users:
-            raise ValueError(f"rows: expected user rows from 0 to {users - 1}, got {rows}")
         order = np.argsort([len(self.dataset.histories[row]) for row in rows], kind="stable")
         parts = []
         for start in range(0, len(rows), batch_size):
@@ -95,6 +90,16 @@ class Recommender:
         columns = [np.concatenate(column)[back] for column in zip(*(part[:3] for part in parts))]
         texts = [text for part in parts for text in part[3]]
         return Recommendations(*columns, [texts[i] for i in back])
+
+    def check(self, rows: np.ndarray, k: int) -> None:
+        """Raise what `recommend` does for such arguments."""
+        if not isinstance(k, Integral):
+            raise TypeError(f"k: expected a whole number, got {k!r}")
+        users, items = len(self.dataset.histories), len(self.catalog)
+        if not 1 <= k <= items:
+            raise ValueError(f"k: expected 1 to the catalog's {items} items, got {k}")
+        if not len(rows) or rows.min() < 0 or rows.max() >= users:
+            raise ValueError(f"rows: expected user rows from 0 to {users - 1}, got {rows}")
 
     @torch.inference_mode()
     def _batch(self, rows: np.ndarray, k: int):
@@ -158,34 +163,23 @@ def best_of_draws(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return scores, ids.masked_fill(scores == -torch.inf, -1)
 
 
-def recommend(
+def served_dataset(
     model: ContRec,
     users: Sequence[str] | None = None,
     histories: Mapping[str, Sequence[str]] | None = None,
-    k: int = 10,
-    progress=None,
-) -> pd.DataFrame:
-    """Top-K lists of known users (all of them by default) or of new ones with a history.
+) -> Dataset:
+    """The users to serve, as `recommend` takes them, and what to read of each.
 
     Serving is not evaluation: a known user's held-out item is the last that the user chose, so it
     ends the history that is read and is left out like the rest of it. (`Recommender` on the
     model's dataset is what evaluation runs.) What `data.holdout=validation` leaves out is not
     among the data; such a run is for choosing settings.
 
-    Args:
-        users: original ids of users that the model was trained with. histories: instead, the
-        original item ids that each new user chose, oldest first. k: items per user.
-        progress: shows long work (`progress.ProgressBars`).
-
-    Returns:
-        Columns user_id, item_id, title, score (float), rank (from 1), matched (the item's
-        category is named by the text) and text; a user's rows together, best first.
-
     Raises:
-        ValueError: an unknown user or item, an empty history, k not in 1..N, or a model without
-        a catalog, in one line.
-        TypeError: ids that are no strings, no list where several belong, `histories` that name
-        no users, or k that is no whole number.
+        ValueError: an unknown user or item, an empty history, no users, or a model without a
+        catalog, in one line.
+        TypeError: ids that are no strings, no list where several belong, or `histories` that name
+        no users.
     """
     if model.dataset is None:
         raise ValueError("model: expected one with a dataset, which names users and items")
@@ -202,25 +196,53 @@ def recommend(
             raise ValueError(f"users: expected users of the training data, got {unknown[0]!r}")
         chosen = dict.fromkeys(users)
         dataset = dataset.of_users(np.array([row_of[user] for user in chosen], dtype=np.int64))
-    count = len(dataset.user_ids)
-    if not count:
+    if not dataset.user_ids:
         name = "users" if histories is None else "histories"
         raise ValueError(f"{name}: expected at least one user, got none")
-    dataset = dataset.complete()
-    recommender = Recommender(model, dataset)
-    advance = progress.stage("Users", math.ceil(count / BATCH), "batches") if progress else None
-    lists = recommender.recommend(np.arange(count), k, advance=advance)
-    row, rank = np.nonzero(lists.ids >= 0)
-    items = lists.ids[row, rank]
-    names = dataset.items
+    return dataset.complete()
+
+
+def recommend(
+    model: ContRec,
+    users: Sequence[str] | None = None,
+    histories: Mapping[str, Sequence[str]] | None = None,
+    k: int = 10,
+    progress=None,
+) -> pd.DataFrame:
+    """Top-K lists of known users (all of them by default) or of new ones with a history.
+
+    Args:
+        users: original ids of users that the model was trained with. histories: instead, the
+        original item ids that each new user chose, oldest first. k: items per user.
+        progress: shows long work (`progress.ProgressBars`).
+
+    Returns:
+        Columns user_id, item_id, title, score (float), rank (from 1), matched (the item's
+        category is named by the text) and text; a user's rows together, best first.
+
+    Raises:
+        ValueError, TypeError: as `served_dataset`, and for k not in 1..N.
+    """
+    dataset = served_dataset(model, users, histories)
+    rows = np.arange(len(dataset.user_ids))
+    advance = None
+    if progress:
+        advance = progress.stage("Users", math.ceil(len(rows) / BATCH), "batches")
+    return table_of(dataset, rows, Recommender(model, dataset).recommend(rows, k, advance=advance))
+
+
+def table_of(dataset: Dataset, rows: np.ndarray, lists: Recommendations) -> pd.DataFrame:
+    """The lists of some user rows as `recommend` returns them."""
+    place, rank = np.nonzero(lists.ids >= 0)
+    items, names = lists.ids[place, rank], dataset.items
     return pd.DataFrame({
-        "user_id": [dataset.user_ids[i] for i in row],
+        "user_id": [dataset.user_ids[rows[i]] for i in place],
         "item_id": [names.ids[i] for i in items],
         "title": [names.titles[i] for i in items],
-        "score": lists.scores[row, rank],
+        "score": lists.scores[place, rank],
         "rank": rank + 1,
-        "matched": lists.matched[row, rank],
-        "text": [lists.texts[i] for i in row],
+        "matched": lists.matched[place, rank],
+        "text": [lists.texts[i] for i in place],
     })  # fmt: skip
 
 
