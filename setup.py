@@ -68,6 +68,9 @@ setup(
             sources=[
                 "csrc/bindings.cpp",
                 "csrc/cpu/features.cpp",
+                "csrc/cpu/gather.cpp",
+                "csrc/cpu/gather_backward.cpp",
+                "csrc/cpu/gather_product.cpp",
                 "csrc/cpu/philox.cpp",
                 "csrc/cpu/philox_avx2.cpp",
                 "csrc/cpu/philox_avx512.cpp",
@@ -85,6 +88,10 @@ setup(
             depends=[
                 "csrc/cpu/clones.h",
                 "csrc/cpu/features.h",
+                "csrc/cpu/gather.h",
+                "csrc/cpu/gather_avx512.h",
+                "csrc/cpu/gather_kernel.h",
+                "csrc/cpu/gather_product.h",
                 "csrc/cpu/philox.h",
                 "csrc/cpu/philox_normals.h",
                 "csrc/cpu/sampler.h",

@@ -206,5 +206,114 @@ def sample(
     return out
 
 
+def gather_instruction_sets() -> list[str]:
+    """Values of `isa` below that this processor has, best first; none without the extension.
+
+    ``avx512_bf16`` multiplies bfloat16 pairs with float32 sums, the others do all in float32.
+    """
+    return [] if _C is None else _C.gather_instruction_sets()
+
+
+def gather_tokens(
+    token_ids: Tensor,
+    rows: Tensor,
+    text_table: Tensor,
+    token_table: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    isa: str | None = None,
+) -> None:
+    """The operation `gather_tokens` in C++, for checked tensors that `serves` accepts.
+
+    Args:
+        weight, bias: of a factored table, which is float32 or bfloat16, else None.
+        out: [B, L, H] to write to, its rows contiguous. isa: one of `gather_instruction_sets()`,
+        the best if not given; whole tables are copied by the same instructions everywhere.
+
+    Raises:
+        IndexError: an id outside its table, before anything is written.
+    """
+    size, width = out.element_size(), out.shape[2]
+    token_ids, rows = token_ids.long().contiguous(), rows.long().contiguous()
+    text_table = text_table if text_table.stride(1) == 1 else text_table.contiguous()
+    factored = weight is not None
+    if factored or token_table.stride(1) != 1:
+        token_table = token_table.contiguous()
+    weight, bias = (weight.contiguous(), bias.contiguous()) if factored else (None, None)
+    _C.gather_tokens(
+        **_positions(token_ids, rows, len(text_table), len(token_table)),
+        text_table=text_table.data_ptr(),
+        text_stride=text_table.stride(0) * size,
+        token_table=token_table.data_ptr(),
+        token_stride=token_table.stride(0) * size,
+        width=width,
+        element_bytes=size,
+        out=out.data_ptr(),
+        batch_stride=out.stride(0) * size,
+        position_stride=out.stride(1) * size,
+        weight=_address(weight),
+        bias=_address(bias),
+        layers=len(weight) if factored else 1,
+        inner=token_table.shape[1],
+        dtype=_DTYPES.index(out.dtype),
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+
+
+def gather_tokens_backward(
+    gradient: Tensor,
+    token_ids: Tensor,
+    rows: Tensor,
+    words: int,
+    tokens: int,
+    of_text: bool,
+    of_tokens: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `gather_tokens` for whole tables of so many rows, None where not asked for.
+
+    Args:
+        gradient: [B, L, H].
+
+    Returns:
+        [words, H] and [tokens, H] in the dtype of `gradient`; the same bits whatever the threads.
+    """
+    dtype = gradient.dtype
+    if dtype == torch.float16:
+        gradient = gradient.float()
+    if gradient.stride(2) != 1:
+        gradient = gradient.contiguous()
+    token_ids, rows = token_ids.long().contiguous(), rows.long().contiguous()
+    size, width = gradient.element_size(), gradient.shape[2]
+    text, token = (
+        gradient.new_zeros(count, width) if asked else None
+        for count, asked in ((words, of_text), (tokens, of_tokens))
+    )
+    _C.gather_tokens_backward(
+        **_positions(token_ids, rows, words, tokens),
+        gradient=gradient.data_ptr(),
+        batch_stride=gradient.stride(0) * size,
+        position_stride=gradient.stride(1) * size,
+        width=width,
+        dtype=_DTYPES.index(gradient.dtype),
+        text_gradient=_address(text),
+        token_gradient=_address(token),
+        threads=torch.get_num_threads(),
+    )
+    return tuple(None if found is None else found.to(dtype) for found in (text, token))
+
+
+def _positions(token_ids: Tensor, rows: Tensor, words: int, tokens: int) -> dict[str, int]:
+    return {
+        "token_ids": token_ids.data_ptr(),
+        "rows": rows.data_ptr(),
+        "batch": token_ids.shape[0],
+        "length": token_ids.shape[1],
+        "words": words,
+        "tokens": tokens,
+    }
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()

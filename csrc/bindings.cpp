@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/features.h"
+#include "cpu/gather.h"
 #include "cpu/philox.h"
 #include "cpu/sampler.h"
 #include "cpu/topk.h"
@@ -173,6 +174,65 @@ void sample(const std::string& network, const std::vector<std::uintptr_t>& tenso
   throw std::invalid_argument("isa: not on this processor: " + isa);
 }
 
+contrec::cpu::GatherPositions gather_positions(std::uintptr_t token_ids, std::uintptr_t rows,
+                                               std::int64_t batch, std::int64_t length,
+                                               std::int64_t words, std::int64_t tokens) {
+  return {pointer<const std::int64_t>(token_ids), pointer<const std::int64_t>(rows), batch, length,
+          words, tokens};
+}
+
+void gather_tokens(std::uintptr_t token_ids, std::uintptr_t rows, std::int64_t batch,
+                   std::int64_t length, std::int64_t words, std::int64_t tokens,
+                   std::uintptr_t text_table, std::int64_t text_stride, std::uintptr_t token_table,
+                   std::int64_t token_stride, std::int64_t width, std::int64_t element_bytes,
+                   std::uintptr_t out, std::int64_t batch_stride, std::int64_t position_stride,
+                   std::uintptr_t weight, std::uintptr_t bias, std::int64_t layers,
+                   std::int64_t inner, int dtype, int threads, const char* isa) {
+  const contrec::cpu::GatherArguments arguments = {
+      gather_positions(token_ids, rows, batch, length, words, tokens),
+      pointer<const char>(text_table),
+      text_stride,
+      pointer<const char>(token_table),
+      token_stride,
+      width,
+      element_bytes,
+      pointer<char>(out),
+      batch_stride,
+      position_stride,
+      pointer<const char>(weight),
+      pointer<const char>(bias),
+      layers,
+      inner,
+      contrec::cpu::Dtype(dtype)};
+  py::gil_scoped_release release;
+  contrec::cpu::gather_tokens(arguments, threads, isa);
+}
+
+void gather_tokens_backward(std::uintptr_t token_ids, std::uintptr_t rows, std::int64_t batch,
+                            std::int64_t length, std::int64_t words, std::int64_t tokens,
+                            std::uintptr_t gradient, std::int64_t batch_stride,
+                            std::int64_t position_stride, std::int64_t width, int dtype,
+                            std::uintptr_t text_gradient, std::uintptr_t token_gradient,
+                            int threads) {
+  const contrec::cpu::GatherGradients arguments = {
+      gather_positions(token_ids, rows, batch, length, words, tokens),
+      pointer<const char>(gradient),
+      batch_stride,
+      position_stride,
+      width,
+      contrec::cpu::Dtype(dtype),
+      pointer<char>(text_gradient),
+      pointer<char>(token_gradient)};
+  py::gil_scoped_release release;
+  contrec::cpu::gather_tokens_backward(arguments, threads);
+}
+
+std::vector<std::string> gather_instruction_sets() {
+  int count;
+  const char* const* names = contrec::cpu::gather_instruction_sets(&count);
+  return {names, names + count};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -205,4 +265,20 @@ PYBIND11_MODULE(_C, module) {
              py::arg("noise"), py::arg("noise_entries"), py::arg("seed"), py::arg("user_ids"),
              py::arg("round_noise"), py::arg("out"), py::arg("isa"), py::arg("threads"),
              "Write [samples, batch, dim] float32 at the address `out`; see csrc/cpu/sampler.h.");
+  module.def("gather_instruction_sets", &gather_instruction_sets,
+             "Values of `isa` below that this processor has, best first.");
+  module.def("gather_tokens", &gather_tokens, py::kw_only(), py::arg("token_ids"), py::arg("rows"),
+             py::arg("batch"), py::arg("length"), py::arg("words"), py::arg("tokens"),
+             py::arg("text_table"), py::arg("text_stride"), py::arg("token_table"),
+             py::arg("token_stride"), py::arg("width"), py::arg("element_bytes"), py::arg("out"),
+             py::arg("batch_stride"), py::arg("position_stride"), py::arg("weight"),
+             py::arg("bias"), py::arg("layers"), py::arg("inner"), py::arg("dtype"),
+             py::arg("threads"), py::arg("isa"),
+             "Write [batch, length, width] at the address `out`; see csrc/cpu/gather.h.");
+  module.def("gather_tokens_backward", &gather_tokens_backward, py::kw_only(),
+             py::arg("token_ids"), py::arg("rows"), py::arg("batch"), py::arg("length"),
+             py::arg("words"), py::arg("tokens"), py::arg("gradient"), py::arg("batch_stride"),
+             py::arg("position_stride"), py::arg("width"), py::arg("dtype"),
+             py::arg("text_gradient"), py::arg("token_gradient"), py::arg("threads"),
+             "Write the gradients of both tables at their addresses; see csrc/cpu/gather.h.");
 }

@@ -9,13 +9,14 @@ from contrec_fast.ops.catalog import Catalog, SeenLists
 from contrec_fast.ops.cross_entropy import catalog_cross_entropy
 from contrec_fast.ops.denoise import denoise
 from contrec_fast.ops.dispatch import backends, last_backend
-from contrec_fast.ops.gather import gather_tokens
+from contrec_fast.ops.gather import FactoredTable, gather_tokens
 from contrec_fast.ops.sampling import SamplingPlan, plan_sampling
 from contrec_fast.ops.topk import cosine_topk
 from contrec_fast.ops.triton_topk import stream_topk
 
 __all__ = [
     "Catalog",
+    "FactoredTable",
     "SamplingPlan",
     "SeenLists",
     "backends",
