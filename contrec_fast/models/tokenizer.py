@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contrec_fast.ops.gather import FactoredTable
+
 
 def _perceptron(sizes: list[int], dropout: float) -> nn.Sequential:
     layers = []
@@ -43,6 +45,16 @@ class SigmaVAE(nn.Module):
         """Vectors [N, D] to the means of their tokens [N, K, H]."""
         codes = [encoder(x + p) for encoder, p in zip(self.encoders, self.position)]
         return torch.stack(codes, dim=1)
+
+    def factored(self, x: Tensor, scale: Tensor | float = 1.0) -> FactoredTable:
+        """`scale * encode(x)` of vectors [N, D] as a table of N K rows, row `item * K + k`."""
+        hidden = [encoder[:-1](x + p) for encoder, p in zip(self.encoders, self.position)]
+        last = [encoder[-1] for encoder in self.encoders]
+        return FactoredTable(
+            torch.stack(hidden, dim=1).flatten(0, 1),
+            torch.stack([layer.weight for layer in last]) * scale,
+            torch.stack([layer.bias for layer in last]) * scale,
+        )
 
     def decode(self, z: Tensor) -> Tensor:
         """Tokens [N, K, H] to vectors [N, D]."""

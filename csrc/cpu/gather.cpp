@@ -12,12 +12,17 @@
 
 #include "cpu/gather_product.h"
 
+#ifdef __GNUC__
+#define CONTREC_PREFETCH(address) __builtin_prefetch(address, 0, 2)  // into the L2 cache
+#else
+#define CONTREC_PREFETCH(address)
+#endif
+
 namespace contrec::cpu {
 namespace {
 
 constexpr std::int64_t kParallelFrom = 1 << 18;  // bytes; fewer do not repay waking threads
 constexpr std::int64_t kStreamFrom = 16 << 20;   // bytes; more do not stay in the cache
-constexpr std::int64_t kColumns = 256;           // of a block of products
 
 [[noreturn]] void refuse(const char* name, const char* bounds, std::int64_t limit,
                          std::int64_t found) {
@@ -25,24 +30,26 @@ constexpr std::int64_t kColumns = 256;           // of a block of products
                           ", got " + std::to_string(found));
 }
 
-// Around the cache: what is written is larger than that, and need not be read to be overwritten.
-void stream_row(const char* from, std::int64_t bytes, char* to) {
-#ifdef __SSE2__
+// Copies a row and fetches the next one: rows lie anywhere, which no prefetcher foresees.
+// kStream: around the cache, where what is written is larger than that and need not be read to be
+// overwritten; `to` is then a multiple of 16.
+template <bool kStream>
+void copy_row(const char* from, std::int64_t bytes, char* to, const char* next) {
   std::int64_t i = 0;
   for (; i + 64 <= bytes; i += 64) {
-    const __m128i* source = reinterpret_cast<const __m128i*>(from + i);
-    __m128i* place = reinterpret_cast<__m128i*>(to + i);
-    const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
-    const __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
-    _mm_stream_si128(place, a);
-    _mm_stream_si128(place + 1, b);
-    _mm_stream_si128(place + 2, c);
-    _mm_stream_si128(place + 3, d);
+    CONTREC_PREFETCH(next + i);
+#ifdef __SSE2__
+    __m128i part[4];
+    std::memcpy(part, from + i, sizeof part);
+    for (int k = 0; k < 4 && kStream; ++k) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i) + k, part[k]);
+    }
+    if (!kStream) std::memcpy(to + i, part, sizeof part);
+#else
+    std::memcpy(to + i, from + i, 64);
+#endif
   }
   std::memcpy(to + i, from + i, std::size_t(bytes - i));
-#else
-  std::memcpy(to, from, std::size_t(bytes));
-#endif
 }
 
 inline void end_of_stream() {
@@ -67,6 +74,12 @@ char* place_of(const GatherArguments& a, std::int64_t position) {
          position % a.positions.length * a.position_stride;
 }
 
+const char* source_of(const GatherArguments& a, std::int64_t position) {
+  const std::int64_t row = a.positions.rows[position];
+  return row == -1 ? a.text_table + a.positions.token_ids[position] * a.text_stride
+                   : a.token_table + row * a.token_stride;
+}
+
 // The positions of each layer's tokens, in order.
 std::vector<std::vector<std::int64_t>> positions_by_layer(const GatherArguments& a) {
   std::vector<std::vector<std::int64_t>> found(std::size_t(a.layers));
@@ -80,8 +93,8 @@ std::vector<std::vector<std::int64_t>> positions_by_layer(const GatherArguments&
 struct ProductTask {
   std::int64_t layer;
   const std::int64_t* positions;
-  int rows;
-  std::int64_t column, columns;
+  int rows, columns;
+  std::int64_t column;
 };
 
 std::vector<ProductTask> product_tasks(const GatherArguments& a,
@@ -90,11 +103,11 @@ std::vector<ProductTask> product_tasks(const GatherArguments& a,
   for (std::int64_t layer = 0; layer < a.layers; ++layer) {
     const std::vector<std::int64_t>& all = positions[std::size_t(layer)];
     // Columns outermost: their weights stay in the cache.
-    for (std::int64_t column = 0; column < a.width; column += kColumns) {
+    for (std::int64_t column = 0; column < a.width; column += kProductColumns) {
+      const int columns = int(std::min(a.width - column, std::int64_t(kProductColumns)));
       for (std::size_t first = 0; first < all.size(); first += kProductRows) {
         const int rows = int(std::min(all.size() - first, std::size_t(kProductRows)));
-        tasks.push_back(
-            {layer, all.data() + first, rows, column, std::min(kColumns, a.width - column)});
+        tasks.push_back({layer, all.data() + first, rows, columns, column});
       }
     }
   }
@@ -113,10 +126,10 @@ void run(const GatherArguments& a, const ProductTask& task, const ProductKernel&
   const ProductBlock block = {hidden,
                               out,
                               task.rows,
+                              task.columns,
                               a.weight + column * a.inner * a.element_bytes,
                               a.bias + column * a.element_bytes,
-                              a.inner,
-                              task.columns};
+                              a.inner};
   (a.dtype == Dtype::kFloat32 ? kernel.float32 : kernel.bfloat16)(block);
 }
 
@@ -158,15 +171,9 @@ void gather_tokens(const GatherArguments& a, int threads, const char* instructio
   {
 #pragma omp for schedule(static) nowait
     for (std::int64_t p = 0; p < count; ++p) {
-      const std::int64_t row = at.rows[p];
-      if (factored && row != -1) continue;
-      const char* from = row == -1 ? a.text_table + at.token_ids[p] * a.text_stride
-                                   : a.token_table + row * a.token_stride;
-      if (stream) {
-        stream_row(from, bytes, place_of(a, p));
-      } else {
-        std::memcpy(place_of(a, p), from, std::size_t(bytes));
-      }
+      if (factored && at.rows[p] != -1) continue;
+      const char* next = source_of(a, std::min(p + 1, count - 1));
+      (stream ? copy_row<true> : copy_row<false>)(source_of(a, p), bytes, place_of(a, p), next);
     }
     if (stream) end_of_stream();
 #pragma omp for schedule(dynamic)

@@ -34,12 +34,15 @@ void product(const ProductBlock& block) {
     __builtin_memcpy(hidden_rest[r], static_cast<const Element*>(block.hidden[r]) + done, rest);
   }
   const Element* const weights = static_cast<const Element*>(block.weight);
-  for (std::int64_t column = 0; column < block.columns; column += 4) {
-    const int count = block.columns - column < 4 ? int(block.columns - column) : 4;
+  float totals[kProductRows][kProductColumns];
+  for (int column = 0; column < block.columns; column += 4) {
     const Element *weight[4], *weight_rest[4];
-    Element rest_of_weight[4][Type::kLanes] = {};
-    for (int c = 0; c < 4; ++c) {  // beyond the last column: that one again, not stored
-      weight[c] = weights + (column + (c < count ? c : count - 1)) * block.inner;
+    Element rest_of_weight[4][Type::kLanes];
+    for (int c = 0; c < 4; ++c) {  // beyond the last column: that one again
+      const int real = column + c < block.columns ? column + c : block.columns - 1;
+      weight[c] = weights + real * block.inner;
+      if (rest == 0) continue;
+      __builtin_memset(rest_of_weight[c], 0, sizeof rest_of_weight[c]);
       __builtin_memcpy(rest_of_weight[c], weight[c] + done, rest);
       weight_rest[c] = rest_of_weight[c];
     }
@@ -53,15 +56,14 @@ void product(const ProductBlock& block) {
       Vec sums[kRows][4] = {};
       product_tile<Type, kRows>(hidden, weight, steps, sums);
       if (rest != 0) product_tile<Type, kRows>(rest_of_hidden, weight_rest, 1, sums);
-      for (int r = 0; r < kRows && row + r < block.rows; ++r) {
-        float totals[4];
-        four_sums(sums[r], totals);
-        Element* out = static_cast<Element*>(block.out[row + r]) + column;
-        for (int c = 0; c < count; ++c) {
-          const Element bias = static_cast<const Element*>(block.bias)[column + c];
-          out[c] = Type::narrow(totals[c] + Type::widen(bias));
-        }
-      }
+      for (int r = 0; r < kRows; ++r) four_sums(sums[r], totals[row + r] + column);
+    }
+  }
+  const Element* const bias = static_cast<const Element*>(block.bias);
+  for (int row = 0; row < block.rows; ++row) {
+    Element* const out = static_cast<Element*>(block.out[row]);
+    for (int c = 0; c < block.columns; ++c) {
+      out[c] = Type::narrow(totals[row][c] + Type::widen(bias[c]));
     }
   }
 }

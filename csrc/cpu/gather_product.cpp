@@ -22,8 +22,8 @@ inline float widen_bfloat16(std::uint16_t element) {
 inline std::uint16_t narrow_bfloat16(float value) {
   std::uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);
-  if (value != value) return 0x7fc0;
-  return std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const std::uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return std::uint16_t(value != value ? 0x7fc0 : rounded);
 }
 
 struct FloatElement {
