@@ -19,7 +19,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
 
 import torch
 import triton
-from contrec_kernels import aot, topk
+from contrec_kernels import aot, gather, topk
 from torch import Tensor
 from triton.runtime import driver
 
@@ -70,9 +70,29 @@ def top_k(batch: int, dim: int) -> Callable[[], None]:
     return launch
 
 
+def gathered(dtype: torch.dtype, factored: bool) -> Callable[[], None]:
+    """The launches of `gather_tokens`; of a whole table, its gradients' too."""
+
+    def launch():
+        ids, width = torch.zeros(8, 512).long(), 2048
+        text, out = (torch.zeros(shape, dtype=dtype) for shape in ((16, width), (8, 512, width)))
+        if factored:
+            shapes = (16, 256), (2, width, 256), (2, width)
+            table = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+            return gather.gather_tokens(ids, ids, text, *table, out)
+        gather.gather_tokens(ids, ids, text, text, None, None, out)
+        gather.gather_tokens_backward(out, ids, ids, 16, 16, True, True)
+
+    return launch
+
+
 def cases() -> dict[str, Callable[[], object]]:
     """Host code by the name of its case."""
     found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        found[f"gather H=2048 {name}"] = gathered(dtype, False)
+        found[f"gather factored H=2048 {name}"] = gathered(dtype, True)
     for dim in (64, 512):
         for batch in (1, 64, 1024):
             found[f"topk D={dim} B={batch}"] = top_k(batch, dim)

@@ -10,7 +10,11 @@ from ops_cases import needs_extension, refused
 from contrec_fast import native, ops
 from contrec_fast.models.tokenizer import SigmaVAE
 
-BACKENDS = ops.backends()["gather_tokens"]
+BACKENDS = [
+    pytest.param(name, marks=needs_extension if name == "cpp" else ())
+    for name in ops.backends()["gather_tokens"]
+    if name != "triton"  # interpreted, it is slow: test_triton_gather.py
+]
 
 
 def serves(backend, dtype):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import contrec_fast.ops.triton_gather  # noqa: F401, registers itself
 from contrec_fast import native
 from contrec_fast.ops.checks import FLOATS, INTEGERS, check
 from contrec_fast.ops.dispatch import CPP, implements, resolve
