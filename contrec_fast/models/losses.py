@@ -11,8 +11,8 @@ def dispersive_loss(z: Tensor, tau: float) -> Tensor:
     """`log E_{i != j} exp(-||z_i - z_j||^2 / (dim tau))` over the rows of z [B, dim].
 
     Minimising it spreads the rows ("Diffuse and Disperse", arXiv 2506.09027; the released
-    ContRec code has the opposite sign). Fewer than two rows give 0. Holds B^2 numbers and takes
-    no kernel of its own: see bench/findings.md.
+    ContRec code has the opposite sign). Fewer than two rows give 0. Holds matrices of B^2 numbers;
+    B^2 exponentials are a small part of a training step, which a kernel of its own could save.
     """
     count, dim = z.shape
     if count < 2:
