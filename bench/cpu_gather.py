@@ -6,14 +6,15 @@ Every user's prompt of L tokens shows `--items` items of K = 2 continuous tokens
 into a tensor that is there already where nothing else is said:
 
 - released: `released.insert_tokens` with its tokenizer, which encodes every user's items anew;
-- loop: the same with tokens looked up in a table, so the insertion alone: the base of `x torch`;
+- loop: the same with tokens looked up in a table, the insertion alone: the base of `x torch`;
 - torch: one embedding and one indexed write of all continuous tokens, as fast as we could;
 - copy: `out.copy_` of as many numbers: `% of floor` is its time over a variant's;
 - cpp; cpp new: as most callers get it, in memory that is new to the process.
 
 Factored: the tokens are products of 256-wide hidden rows; torch makes those of all positions by one
 product for each k. Backward: gradients of the token table alone (the language model is frozen, or
-has adapters) and of both; torch is the gradient of `F.embedding`.
+has adapters) and of both; the table holds the batch's items, as in training, and torch is the
+gradient of `F.embedding`.
 
 Results are compared before they are timed. Threads: `--threads`.
 """
@@ -106,12 +107,14 @@ def forward(prompts: Prompts, args: argparse.Namespace, dtype: torch.dtype) -> d
 
 def backward(prompts: Prompts, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict]:
     """The same for gradients; the baseline comes first."""
+    items, rows = prompts.rows.unique(return_inverse=True)
+    rows -= 1  # -1, which is the least, stays what it is
     gradient = torch.randn(*prompts.ids.shape, args.width).to(dtype)
     found = {}
     for label, of_text in (("tokens", False), ("text and tokens", True)):
         calls = {}
         for name, backend in (("torch", "reference"), ("cpp", "cpp")):
-            given = gradient, prompts.ids, prompts.rows, args.words, args.catalog * WAYS
+            given = gradient, prompts.ids, rows, args.words, len(items) - 1
             calls[name] = lambda given=given, backend=backend, of_text=of_text: (
                 torch.ops.contrec.gather_tokens_backward(*given, of_text, True, backend)
             )
