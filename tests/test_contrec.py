@@ -21,6 +21,7 @@ from model_cases import (
 )
 from ops_cases import relative_error
 
+from contrec_fast import ops
 from contrec_fast.data import Items
 from contrec_fast.data.prompts import IGNORED, Window
 from contrec_fast.training import train
@@ -283,6 +284,19 @@ def test_codes_stay_and_their_embedding_learns():
     scale = model.text_rms / model.token_rms
     expected = torch.stack([model.tokenizer.embedding[k, codes[:, k]] for k in range(2)], 1) * scale
     torch.testing.assert_close(model.item_tokens, expected.detach())
+
+
+@torch.no_grad()
+def test_factored_tokens_are_the_tokens():
+    model = random_model()
+    table = model.tokenizer.factored(model.item_vectors, model.text_rms / model.token_rms)
+    torch.testing.assert_close(table.whole(), model.item_tokens.flatten(0, 1))
+    batch = prompts_of(model).inference_batch([random_history(5), random_history(3)])
+    tokens = batch.items[:, None] * 2 + torch.arange(2)
+    rows = torch.where(batch.rows < 0, -1, tokens.flatten()[batch.rows])
+    words = model.backbone.get_input_embeddings().weight
+    found = ops.gather_tokens(batch.token_ids, rows, words, table)
+    torch.testing.assert_close(found, model.embed(batch))
 
 
 def test_tokens_follow_the_vectors_that_are_retrieved():
