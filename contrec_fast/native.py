@@ -315,5 +315,29 @@ def _positions(token_ids: Tensor, rows: Tensor, words: int, tokens: int) -> dict
     }
 
 
+def cross_entropy_instruction_sets() -> list[str]:
+    """Values of `isa` below that this processor has, best first; none without the extension."""
+    return [] if _C is None else _C.cross_entropy_instruction_sets()
+
+
+def cross_entropy(isa: str | None = None, **arguments) -> None:
+    """A pass of `catalog_cross_entropy` in C++ (csrc/cpu/cross_entropy.h).
+
+    Args:
+        isa: one of `cross_entropy_instruction_sets()`, the best if not given.
+        arguments: as `contrec_fast._C.cross_entropy` takes them, with contiguous tensors or None
+        for addresses.
+
+    Raises:
+        ValueError: an instruction set this processor lacks. IndexError: a target beyond the
+        items, a row beyond the seen lists.
+    """
+    addresses = {
+        name: _address(value) if value is None or isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    _C.cross_entropy(**addresses, threads=torch.get_num_threads(), isa=isa)
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()

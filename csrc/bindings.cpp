@@ -1,4 +1,4 @@
-// Python bindings of contrec_fast._C. The only file that includes pybind11: everything behind it
+// Python bindings of contrec_fast._C. Only bindings*.cpp include pybind11: everything behind them
 // takes raw pointers and sizes, so that one build serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,6 +17,8 @@
 #include "cpu/topk.h"
 
 namespace py = pybind11;
+
+void bind_cross_entropy(py::module_& module);
 
 namespace {
 
@@ -237,6 +239,7 @@ std::vector<std::string> gather_instruction_sets() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels for the CPU";
+  bind_cross_entropy(module);
   module.def("build_info", &build_info,
              "Compiler, OpenMP, and the instruction sets of the processor this runs on.");
   module.def("philox_normal", &philox_normal, py::arg("seed"), py::arg("user_ids"),

@@ -42,6 +42,16 @@ def loss_case():
     return loss, (torch.randn(4, 6), torch.randn(9, 6), torch.tensor([0, 8, 3, 3]))
 
 
+def seen_loss_case():
+    seen = ops.SeenLists.from_lists([[1, 2], [3]])
+
+    def loss(queries, vectors, targets, seen_rows):
+        options = {"label_smoothing": 0.1, "seen": seen, "seen_rows": seen_rows}
+        return ops.catalog_cross_entropy(queries, vectors, targets, 0.3, "dot", **options)
+
+    return loss, (*loss_case()[1], torch.tensor([1, -1, 0, 1]))
+
+
 def denoise_case(kind):
     denoiser = make_denoiser(kind, 6, torch.float32)
 
@@ -75,6 +85,7 @@ CASES = {
     "gather_tokens-factored": factored_case,
     "cosine_topk": topk_case,
     "catalog_cross_entropy": loss_case,
+    "catalog_cross_entropy-seen": seen_loss_case,
     **{f"denoise-{kind}": lambda kind=kind: denoise_case(kind) for kind in KINDS},
     **{f"sample-{kind}": lambda kind=kind: sample_case(kind) for kind in KINDS},
     "sample-several": lambda: sample_case("mlp", samples=3),
@@ -238,7 +249,7 @@ def test_operators_made_of_others(name):
     operator = getattr(torch.ops.contrec, name)
     if name == "catalog_cross_entropy":
         function, arguments = loss_case()
-        result = operator(*arguments, 0.3, "cosine", "auto")
+        result = operator(*arguments, 0.3, "cosine", 0.0, None, None, None, "auto")
     else:
         denoiser = make_denoiser("adaln", 6, torch.float32)
         x, t = torch.randn(4, 6), torch.arange(4)
