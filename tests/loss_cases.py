@@ -43,33 +43,36 @@ class Case:
         assert queries.grad.dtype == vectors.grad.dtype == dtype
         return [tensor.detach().double().cpu() for tensor in (loss, queries.grad, vectors.grad)]
 
-    def in_proportion(self, found):
-        """Gradients times the length of their row, so that those of all rows are comparable."""
-        if self.options[0] != "cosine":
-            return found
-        lengths = (
-            tensor.double().norm(dim=1, keepdim=True).clamp(min=1e-12)
-            for tensor in (self.queries, self.vectors)
-        )
-        return [found[0], *(part * length for part, length in zip(found[1:], lengths))]
-
     def check(self, call):
         """`call(case)` errs at most twice as much as plain PyTorch, and a few units.
 
-        A cosine's loss and gradient can be small differences of larger terms; a unit is one of
-        those.
+        A unit of a loss is one of the logits it is a difference of. Of a gradient, it is one of
+        the rows that it is a sum of, and what a unit of the logits makes of it.
         """
-        dtype = self.queries.dtype
+        dtype, (similarity, temperature, _) = self.queries.dtype, self.options
         results = call(self), self.call("reference"), self.call("reference", torch.float64)
-        found, plain, exact = map(self.in_proportion, results)
-        unit, (similarity, temperature, _) = torch.finfo(dtype).eps, self.options
-        inverse = 1 / temperature if similarity == "cosine" else 0.0
-        gradient = inverse * float(self.gradient.to(dtype).double().norm())
-        terms = inverse * len(self.queries) ** 0.5, gradient, gradient
-        for ours, theirs, right, term in zip(found, plain, exact, terms):
-            error, bound = (ours - right).norm(), (theirs - right).norm()
-            bound = 2 * bound if bound.isfinite() else 0.0
-            assert error <= bound + unit * (8 * right.norm() + term), (error, bound, right.norm())
+        rows = [self.queries.double(), self.vectors.double()]
+        if similarity == "cosine":  # gradients times the length of the row, to be comparable
+            scales = [part.norm(dim=1, keepdim=True).clamp(min=1e-12) for part in rows]
+            rows = [part / scale for part, scale in zip(rows, scales)]
+            results = [
+                [loss, *(part * scale for part, scale in zip(parts, scales))]
+                for loss, *parts in results
+            ]
+        logit = rms(rows[0] @ rows[1].T) / temperature
+        gradient = float(self.gradient.to(dtype).double().norm()) / temperature
+        terms = [logit * len(self.queries) ** 0.5]
+        terms += [gradient * rms(part) * part.shape[1] ** 0.5 for part in rows[::-1]]
+        unit = torch.finfo(dtype).eps
+        for number, (ours, theirs, right) in enumerate(zip(*results)):
+            error, plain = float((ours - right).norm()), float((theirs - right).norm())
+            few = 8 * terms[number] + (8 + logit * (number > 0)) * float(right.norm())
+            bound = (2 * plain if math.isfinite(plain) else 0.0) + unit * few
+            assert error <= bound, f"result {number}: error {error}, plain {plain}, bound {bound}"
+
+
+def rms(tensor):
+    return float(tensor.norm()) / max(tensor.numel(), 1) ** 0.5
 
 
 def random_case(batch, count, dim, dtype=torch.float32, longest=None, **options):
