@@ -19,7 +19,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
 
 import torch
 import triton
-from contrec_kernels import aot, gather, topk
+from contrec_kernels import aot, cross_entropy, gather, topk
 from torch import Tensor
 from triton.runtime import driver
 
@@ -86,6 +86,23 @@ def gathered(dtype: torch.dtype, factored: bool) -> Callable[[], None]:
     return launch
 
 
+def loss(dtype: torch.dtype, batch: int, dim: int) -> Callable[[], None]:
+    """The launches of the cross-entropy and its gradients: without, and with lists and smoothing."""
+
+    def launch():
+        rows = torch.zeros(batch).long()
+        queries, vectors = (torch.zeros(n, dim, dtype=dtype) for n in (batch, 1 << 14))
+        for similarity, smoothing, seen in (
+            ("cosine", 0.0, (None, None, None)),
+            ("dot", 0.1, (torch.zeros(batch + 1).long(), torch.zeros(4).long(), rows)),
+        ):
+            call = queries, vectors, rows, 0.1, similarity, smoothing, *seen
+            losses, *kept = cross_entropy.forward(*call)
+            cross_entropy.backward(*call, *kept, losses, (True, True))
+
+    return launch
+
+
 def cases() -> dict[str, Callable[[], object]]:
     """Host code by the name of its case."""
     found = {}
@@ -96,6 +113,14 @@ def cases() -> dict[str, Callable[[], object]]:
     for dim in (64, 512):
         for batch in (1, 64, 1024):
             found[f"topk D={dim} B={batch}"] = top_k(batch, dim)
+    for dtype, name in (
+        (torch.bfloat16, "bf16"),
+        (torch.float16, "fp16"),
+        (torch.float32, "fp32"),
+    ):
+        for dim in (64, 512):
+            for batch in (1, 256):
+                found[f"loss D={dim} B={batch} {name}"] = loss(dtype, batch, dim)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         mlp, head = (
             functools.partial(sample, "mlp", dtype),

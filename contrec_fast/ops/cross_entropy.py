@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import contrec_fast.ops.cross_entropy_cpp  # noqa: F401, registers itself
+import contrec_fast.ops.triton_cross_entropy  # noqa: F401, likewise
 from contrec_fast.ops.catalog import SeenLists
 from contrec_fast.ops.checks import FLOATS, INTEGERS, check
 from contrec_fast.ops.dispatch import implements, resolve
@@ -93,7 +94,8 @@ def catalog_cross_entropy(
     section 7, as torch.nn.functional.cross_entropy has it.)
 
     Differentiable in queries and vectors, once. Fused backends recompute tiles of logits instead
-    of writing the [B, N] matrix; a query's loss and gradient are the same bits in any batch.
+    of writing the [B, N] matrix. The same call gives the same bits; on the CPU a query's loss and
+    gradient do in any batch.
 
     Args:
         queries: [B, D]. vectors: [N, D] in the same dtype, N at least 1.

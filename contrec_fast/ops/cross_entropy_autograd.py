@@ -22,33 +22,33 @@ class _Refuse(torch.autograd.Function):
 
 
 class Recomputed(torch.autograd.Function):
-    """The loss by a pair of passes; between them, the inputs and two numbers per query stay.
+    """The loss by a pair of passes; between them, the inputs and some numbers per query stay.
 
     `apply` takes the passes and then the operation's arguments:
 
-    - forward(*arguments) -> losses [B], peaks [B] and totals [B] float32;
-    - backward(*arguments, peaks, totals, gradient, wanted) -> gradients in queries and vectors,
-      or None where `wanted`, two flags, does not ask for them.
+    - forward(*arguments) -> losses [B] and tensors to keep;
+    - backward(*arguments, *kept, gradient, wanted) -> gradients in queries and vectors, or None
+      where `wanted`, two flags, does not ask for them.
     """
 
     @staticmethod
     def forward(ctx, forward: Callable, backward: Callable, *arguments):
-        losses, peaks, totals = forward(*arguments)
+        losses, *kept = forward(*arguments)
         ctx.backward_pass = backward
         ctx.others = [None if isinstance(value, Tensor) else value for value in arguments]
         tensors = [value if isinstance(value, Tensor) else None for value in arguments]
-        ctx.save_for_backward(*tensors, peaks, totals)
+        ctx.save_for_backward(*tensors, *kept)
         return losses
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        *tensors, peaks, totals = ctx.saved_tensors
-        arguments = [b if a is None else a for a, b in zip(tensors, ctx.others)]
+        saved, count = ctx.saved_tensors, len(ctx.others)
+        arguments = [b if a is None else a for a, b in zip(saved, ctx.others)]
         wanted = ctx.needs_input_grad[2:4]
         with torch.no_grad():
-            found = ctx.backward_pass(*arguments, peaks, totals, gradient, wanted)
+            found = ctx.backward_pass(*arguments, *saved[count:], gradient, wanted)
         if torch.is_grad_enabled():  # create_graph=True
             found = [
                 None if part is None else _Refuse.apply(part, *arguments[:2]) for part in found
             ]
-        return None, None, *found, *[None] * (len(arguments) - 2)
+        return None, None, *found, *[None] * (count - 2)
