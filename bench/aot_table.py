@@ -87,7 +87,7 @@ def gathered(dtype: torch.dtype, factored: bool) -> Callable[[], None]:
 
 
 def loss(dtype: torch.dtype, batch: int, dim: int) -> Callable[[], None]:
-    """The launches of the cross-entropy and its gradients: without, and with lists and smoothing."""
+    """The launches of the cross-entropy and its gradients: without and with lists, smoothing."""
 
     def launch():
         rows = torch.zeros(batch).long()

@@ -35,7 +35,7 @@ def test_adversarial(kernel_device, name):
     case.check(partial(type(case).call, backend="triton", device=kernel_device))
 
 
-@pytest.mark.parametrize("tiles", [(16, 16, 16, 16), (64, 32, 16, 64), (16, 64, 64, 32)])
+@pytest.mark.parametrize("tiles", [(16, 32, 16, 32), (64, 32, 16, 64), (16, 64, 64, 32)])
 def test_any_tiles(kernel_device, tiles, monkeypatch):
     """Rows held or read again, parts of tiles, several tiles of columns."""
     chosen = cross_entropy.Tiles(*tiles, 4, 2)
@@ -86,3 +86,23 @@ def test_buckets():
     assert bucket(8193, 2**20 + 1, 8, 0.1, 1) == (
         "D=8 float32 seen smoothed queries>8192 items>1048576"
     )
+
+
+COMPILED = """
+import torch
+from bench.aot_table import aot, loss
+kernels = aot.compiled(loss(getattr(torch, DTYPE), 256, DIM), CAPABILITY)
+assert len(kernels) == 6, len(kernels)  # three, without and with lists and smoothing
+for row in map(aot.figures, kernels):
+    assert not aot.faults(row, CAPABILITY), row
+    assert row["instructions"]["HGMMA" if CAPABILITY == 90 else "HMMA"], row
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype, dim, capability", [("bfloat16", 64, 90), ("bfloat16", 512, 90), ("float32", 64, 80)]
+)
+def test_compiled_code(run_python, dtype, dim, capability):
+    """No spills, and products on tensor cores."""
+    run_python(f"DTYPE, DIM, CAPABILITY = {dtype!r}, {dim}, {capability}\n{COMPILED}")

@@ -1,4 +1,4 @@
-"""`catalog_cross_entropy` by the Triton kernels of `contrec_kernels`, imported at the first call."""
+"""`catalog_cross_entropy` by the Triton kernels, which are imported at the first call."""
 
 import torch
 from torch import Tensor

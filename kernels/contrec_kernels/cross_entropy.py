@@ -23,7 +23,7 @@ SHORTEST = 1e-12  # what shorter rows are divided by, as in torch.nn.functional.
 LARGEST_SCALE = (1 - 1e-6) / SHORTEST  # of rows that were divided by their norm
 PROGRAMS = 2  # per multiprocessor, in all ranges together
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-NO_ITEM = tl.constexpr(2**62)
+NO_ITEM = tl.constexpr(2**31 - 1)
 
 
 class Tiles(NamedTuple):
@@ -41,11 +41,12 @@ def tiles_for(kernel: str, batch: int, dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles of one of the three kernels for B queries of D dimensions."""
     width = max(16, triton.next_power_of_2(dim))
     queries = max(16, min(64, triton.next_power_of_2(max(batch, 1))))
-    wide = dtype == torch.float32  # three products in place of one, and twice the bytes
-    if kernel == "losses":
-        return Tiles(queries, 64 if wide else 128, min(width, 32 if wide else 64), 0, 4, 3)
-    columns = min(width, 64 if wide else 128)
-    return Tiles(queries, 64, min(width, 32 if wide else 64), columns, 4, 2)
+    # Of float32, three products in place of one and twice the bytes: fewer fit the registers.
+    inner, columns = (32, 64) if dtype == torch.float32 else (64, 128)
+    if kernel == "vector_gradients":
+        return Tiles(min(queries, inner), 64, min(width, inner), min(width, columns), 8, 2)
+    columns = 0 if kernel == "losses" else min(width, columns)
+    return Tiles(queries, inner, min(width, inner), columns, 8, 2 if columns else 3)
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def first_from(seen_ids, start, end, item):
     while tl.max(end - start, axis=0) > 0:
         middle = start + (end - start) // 2
         inside = start < end
-        below = tl.load(seen_ids + middle, mask=inside, other=NO_ITEM) < item
+        below = tl.load(seen_ids + middle, mask=inside, other=NO_ITEM).to(tl.int32) < item
         start = tl.where(inside & below, middle + 1, start)
         end = tl.where(inside & (below == 0), middle, end)
     return start
@@ -89,11 +90,11 @@ def first_from(seen_ids, start, end, item):
 def listed_in(seen_ids, place, end, items, stop):
     """[lists, items] bool: items below `stop` that are listed; and the next places."""
     listed = tl.zeros((place.shape[0], items.shape[0]), tl.int1)
-    item = tl.load(seen_ids + place, mask=place < end, other=NO_ITEM)
+    item = tl.load(seen_ids + place, mask=place < end, other=NO_ITEM).to(tl.int32)
     while tl.min(item, axis=0) < stop:
         listed = listed | (item[:, None] == items[None, :])
         place += (item < stop).to(tl.int64)
-        item = tl.load(seen_ids + place, mask=place < end, other=NO_ITEM)
+        item = tl.load(seen_ids + place, mask=place < end, other=NO_ITEM).to(tl.int32)
     return listed, place
 
 
@@ -111,7 +112,7 @@ def losses(
     real = tl.minimum(row, B - 1)
     held = load_rows(queries, real, 0, D, DEPTH) if DEPTH >= D else 0
     scale = tl.load(query_scales + real)
-    target = tl.load(targets + real)
+    target = tl.load(targets + real).to(tl.int32)
     begin = tl.program_id(1) * span
     stop = tl.minimum(begin + span, N)
     if SEEN:
@@ -160,7 +161,7 @@ def query_gradients(
     real = tl.minimum(row, B - 1)
     held = load_rows(queries, real, 0, D, DEPTH) if DEPTH >= D else 0
     scale = tl.load(query_scales + real)
-    target = tl.load(targets + real)
+    target = tl.load(targets + real).to(tl.int32)
     peak, inverse = tl.load(peaks + real), tl.load(inverses + real)
     even = tl.load(evens + real)
     begin = tl.program_id(1) * span
@@ -216,7 +217,7 @@ def vector_gradients(
         row = start + tl.arange(0, QUERIES)
         real = tl.minimum(row, B - 1)
         other_scale = tl.load(query_scales + real)
-        target = tl.load(targets + real)
+        target = tl.load(targets + real).to(tl.int32)
         peak, inverse = tl.load(peaks + real), tl.load(inverses + real)
         even = tl.load(evens + real)
         out = tl.load(losses_gradient + real, mask=row < B, other=0.0)
