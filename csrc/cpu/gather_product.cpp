@@ -2,10 +2,10 @@
 
 #include <cstddef>
 
+#include "cpu/clones.h"
 #include "cpu/features.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CONTREC_TARGETS 1
+#ifdef CONTREC_TARGETS
 #include <immintrin.h>
 #endif
 
