@@ -341,3 +341,31 @@ def cross_entropy(isa: str | None = None, **arguments) -> None:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def denoise_pass(
+    name: str,
+    members: list[Tensor | int | None],
+    width: int,
+    rows: int,
+    index: Tensor | None = None,
+    guidance: float = 0.0,
+    drop: Tensor | None = None,
+):
+    """One of the passes of csrc/cpu/denoise.h: "hidden", "norm", "residual", "silu_gradient" or
+    "sum_by_index".
+
+    Args:
+        members: those of the pass's structure in order, the first one a tensor of the pass's dtype,
+        float32 or bfloat16; all without gaps. width, rows, index, guidance, drop: of `Batch`.
+    """
+    getattr(_C, f"denoise_{name}")(
+        [member if isinstance(member, int) else _address(member) for member in members],
+        bfloat16=members[0].dtype == torch.bfloat16,
+        rows=rows,
+        width=width,
+        index=_address(index),
+        guidance=guidance,
+        dropped=_address(drop),
+        threads=torch.get_num_threads(),
+    )

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/denoise.h"
 #include "cpu/features.h"
 #include "cpu/gather.h"
 #include "cpu/philox.h"
@@ -235,6 +236,27 @@ std::vector<std::string> gather_instruction_sets() {
   return {names, names + count};
 }
 
+// One of the passes of csrc/cpu/denoise.h; `tensors` are the members of its structure in order.
+template <class Tensors, void (*run)(const contrec::cpu::Batch&, const Tensors&)>
+void denoise_pass(const std::vector<std::uintptr_t>& tensors, bool bfloat16, std::int64_t rows,
+                  std::int64_t width, std::uintptr_t index, float guidance, std::uintptr_t dropped,
+                  int threads) {
+  Tensors members;
+  read_addresses(members, tensors);
+  const contrec::cpu::Batch batch{bfloat16, rows, width, pointer<const std::int64_t>(index),
+                                  guidance, pointer<const bool>(dropped), threads};
+  py::gil_scoped_release release;
+  run(batch, members);
+}
+
+template <class Tensors, void (*run)(const contrec::cpu::Batch&, const Tensors&)>
+void define_denoise_pass(py::module_& module, const char* name) {
+  module.def(name, &denoise_pass<Tensors, run>, py::arg("tensors"), py::kw_only(),
+             py::arg("bfloat16"), py::arg("rows"), py::arg("width"), py::arg("index") = 0,
+             py::arg("guidance") = 0.0f, py::arg("dropped") = 0, py::arg("threads") = 1,
+             "A pass over rows; see csrc/cpu/denoise.h.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -284,4 +306,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("position_stride"), py::arg("width"), py::arg("dtype"),
              py::arg("text_gradient"), py::arg("token_gradient"), py::arg("threads"),
              "Write the gradients of both tables at their addresses; see csrc/cpu/gather.h.");
+  using namespace contrec::cpu;
+  define_denoise_pass<Hidden, hidden>(module, "denoise_hidden");
+  define_denoise_pass<Norm, norm>(module, "denoise_norm");
+  define_denoise_pass<Residual, residual>(module, "denoise_residual");
+  define_denoise_pass<SiluGradient, silu_gradient>(module, "denoise_silu_gradient");
+  define_denoise_pass<SumByIndex, sum_by_index>(module, "denoise_sum_by_index");
 }

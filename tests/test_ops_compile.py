@@ -254,7 +254,7 @@ def test_operators_made_of_others(name):
         denoiser = make_denoiser("adaln", 6, torch.float32)
         x, t = torch.randn(4, 6), torch.arange(4)
         description = ops.plan_sampling(denoiser).description
-        result = operator(x, x, t, list(denoiser.parameters()), description, 1.5, "auto")
+        result = operator(x, x, t, list(denoiser.parameters()), description, 1.5, None, "auto")
         function, arguments = ops.denoise, (denoiser, x, x, t, 1.5)
     assert torch.equal(result, function(*arguments))
 

@@ -2,6 +2,7 @@
 // vec_tile.h needs, in float32.
 #pragma once
 
+#include "cpu/elementwise.h"
 #include "cpu/vec_tile.h"
 
 namespace contrec::cpu {

@@ -1,7 +1,8 @@
-// Products and element-wise functions of the sampler for one set of instructions: included by each
+// Products of the sampler for one set of instructions: included by each
 // sampler_*.cpp through sampler_chain.h, after it has defined what vec_tile.h needs.
 #pragma once
 
+#include "cpu/elementwise.h"
 #include "cpu/vec_tile.h"
 
 namespace contrec::cpu {
@@ -66,32 +67,6 @@ inline void product(const Element* a, Int stride, Int rows, const void* matrix, 
       }
     }
   }
-}
-
-// x Phi(x), with erf a rational function fitted to within 2e-8; |x| above 3.925 sqrt(2) is 0 or x.
-inline Vec gelu(Vec x) {
-  const Vec bound = Vec::set(3.925f);
-  const Vec z = min(max(x * Vec::set(0.70710678f), Vec::set(0.0f) - bound), bound);
-  const Vec y = z * z;
-  Vec p = Vec::set(2.04603816200688e-06f), q = Vec::set(3.8047957787057385e-05f);
-  p = fma(p, y, Vec::set(0.0002848448057193309f));
-  q = fma(q, y, Vec::set(0.00116386276204139f));
-  p = fma(p, y, Vec::set(0.0037725630681961775f));
-  q = fma(q, y, Vec::set(0.014983221888542175f));
-  p = fma(p, y, Vec::set(0.052769340574741364f));
-  q = fma(q, y, Vec::set(0.11418280005455017f));
-  p = fma(p, y, Vec::set(0.1905938982963562f));
-  q = fma(q, y, Vec::set(0.5022421479225159f));
-  p = fma(p, y, Vec::set(1.1283791065216064f));
-  q = fma(q, y, Vec::set(1.0f));
-  const Vec half = x * Vec::set(0.5f);
-  return fma(half, z * p / q, half);
-}
-
-inline Vec silu(Vec x) {
-  const Vec bound = Vec::set(87.0f);
-  const Vec e = exponential(min(max(Vec::set(0.0f) - x, Vec::set(0.0f) - bound), bound));
-  return x / (Vec::set(1.0f) + e);
 }
 
 }  // namespace

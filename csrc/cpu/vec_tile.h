@@ -1,5 +1,5 @@
-// Tiles of products and the exponential for one set of instructions: included once for each, after
-// what it needs was defined, in the unnamed namespace:
+// Tiles of products for one set of instructions: included once for each, after what they need was
+// defined, in the unnamed namespace:
 //
 // - Vec: kWidth floats with load, store, set, + - * /, fma, min, max, nearest, times_power_of_two,
 //   zero_where_less and sum;
@@ -40,22 +40,6 @@ inline __attribute__((always_inline)) void tile_sums(const Element* a, Int row, 
     }
     b += kPair * pitch;
   }
-}
-
-// exp of x in [-87, 87], by Taylor's series around the nearest multiple of log 2.
-inline Vec exponential(Vec x) {
-  const Vec n = nearest(x * Vec::set(1.44269504f));
-  Vec r = fma(n, Vec::set(-0.693359375f), x);
-  r = fma(n, Vec::set(2.12194440e-4f), r);
-  Vec s = Vec::set(1.0f / 5040);
-  s = fma(s, r, Vec::set(1.0f / 720));
-  s = fma(s, r, Vec::set(1.0f / 120));
-  s = fma(s, r, Vec::set(1.0f / 24));
-  s = fma(s, r, Vec::set(1.0f / 6));
-  s = fma(s, r, Vec::set(0.5f));
-  s = fma(s, r, Vec::set(1.0f));
-  s = fma(s, r, Vec::set(1.0f));
-  return times_power_of_two(s, n);
 }
 
 }  // namespace
