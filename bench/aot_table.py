@@ -20,11 +20,14 @@ os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
 import torch
 import triton
 from contrec_kernels import aot, cross_entropy, gather, topk
+from contrec_kernels.denoise import TritonSteps
 from torch import Tensor
 from triton.runtime import driver
 
 from contrec_fast.models.denoisers import DENOISERS
 from contrec_fast.ops import plan_sampling
+from contrec_fast.ops.denoise import describe
+from contrec_fast.ops.denoise_gradients import denoise_recomputed
 from contrec_fast.ops.triton_sampling import run_sample
 
 CAPABILITIES = (80, 90)
@@ -103,6 +106,20 @@ def loss(dtype: torch.dtype, batch: int, dim: int) -> Callable[[], None]:
     return launch
 
 
+def denoise(kind: str, dtype: torch.dtype, batch: int, guidance: float, **sizes):
+    """The launches of an evaluation and its gradients: dropped conditions, one step for all."""
+
+    def launch():
+        denoiser = DENOISERS[kind](**sizes).to(dtype)
+        x = torch.zeros(batch, denoiser.dim, dtype=dtype)
+        drop, weights = torch.zeros(batch).bool(), list(denoiser.parameters())
+        denoise_recomputed(
+            TritonSteps(), x, x, torch.zeros(1).long(), weights, describe(denoiser), guidance, drop
+        ).sum().backward()
+
+    return launch
+
+
 def cases() -> dict[str, Callable[[], object]]:
     """Host code by the name of its case."""
     found = {}
@@ -136,6 +153,17 @@ def cases() -> dict[str, Callable[[], object]]:
             found[f"sample separable W=1024 {label}"] = head(batch, separable=True, **sizes)
         found[f"sample mlp dpm++ D=512 B=2048 {name}"] = mlp(2048, "dpm++", dim=512)
         found[f"sample mlp dpm++ D=64 B=32 {name}"] = mlp(32, "dpm++", dim=64)
+        for guidance in (0.0, 2.0):
+            for dim, batch in [(64, 512), (512, 64), (512, 2048), (512, 4096)]:
+                found[f"denoise mlp D={dim} B={batch} w={guidance:.0f} {name}"] = denoise(
+                    "mlp", dtype, batch, guidance, dim=dim
+                )
+        for batch in (32, 2048):
+            sizes = {"dim": 512, "width": 1024, "depth": 1}
+            for kind in ("adaln", "separable"):
+                found[f"denoise {kind} W=1024 D=512 B={batch} {name}"] = denoise(
+                    "adaln", dtype, batch, 2.0, separable=kind == "separable", **sizes
+                )
     for form in ("persistent", "step-pre"):
         found[f"sample mlp {form} D=512 bf16"] = sample(
             "mlp", torch.bfloat16, 2048, form=form, dim=512

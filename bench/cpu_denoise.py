@@ -2,13 +2,13 @@
 
     python bench/cpu_denoise.py --dims 64 512 --batches 256 4096 --repeats 7
 
-Variants of a case take turns, so that other work on the machine slows all of them alike. `forward`
-is without gradients; `train` is a call that keeps what its backward pass needs, and that pass, with
-gradients of the condition and of all weights: of x, too, for `guided` cases, which are those of an
-unrolled sampler (guidance 2, t [1]). The others are those of the diffusion loss (guidance 0, a tenth
-of the conditions dropped, t [B] below 200). Each case is checked against the reference in float64,
-on its first rows, before it is timed. `saved` is what autograd keeps between the passes, apart from
-the call's arguments. AdaLN heads have depth 3 and width 2 D. Threads: OMP_NUM_THREADS.
+Variants of a case take turns, so that other work on the machine slows all of them alike.
+`forward` is without gradients; `train` is a call that keeps what its backward pass needs, and that
+pass. Cases are those of the diffusion loss (`dropout`: guidance 0, a tenth of the conditions
+dropped, t [B] below 200; gradients of the condition and all weights) and of an unrolled sampler
+(`guided`: guidance 2, t [1]; gradients of x, too). Each is checked against the reference in
+float64, on its first rows, before it is timed. `saved` is what autograd keeps between the passes,
+apart from the call's arguments. AdaLN heads have depth 3 and width 2 D. Threads: OMP_NUM_THREADS.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Eager calls go straight to the chosen backend; compiled code goes through the op
 registered under `torch.ops.contrec`.
 """
 
-from contrec_fast.ops import denoise_cpp, noise  # noqa: F401: the former registers a backend
+from contrec_fast.ops import denoise_cpp, noise, triton_denoise  # noqa: F401, two are backends
 from contrec_fast.ops.catalog import Catalog, SeenLists
 from contrec_fast.ops.cross_entropy import catalog_cross_entropy
 from contrec_fast.ops.denoise import denoise

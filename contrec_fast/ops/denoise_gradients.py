@@ -90,7 +90,7 @@ class _Evaluation:
         elif drop is not None:
             condition = torch.where(drop[:, None], self.null, condition)
         self.condition, self.guided, index = condition.contiguous(), guidance != 0, None
-        if t.device.type == "cpu" and len(t) >= FEW_ROWS:
+        if self.steps.by_index and t.device.type == "cpu" and len(t) >= FEW_ROWS:
             t, index = t.unique(return_inverse=True)
         self.t, self.rows = t, Rows(index, guidance, drop)
 
@@ -130,7 +130,8 @@ class _MLP(_Evaluation):
     def tables(self, weights):
         _, of_condition, of_time = weights["hidden.weight"].split(self.x.shape[1], dim=1)
         time = F.linear(self.embed_time(weights), of_time, weights["hidden.bias"])
-        return time, F.linear(weights["null_condition"][None], of_condition) if self.guided else None
+        null = weights["null_condition"][None]
+        return time, F.linear(null, of_condition) if self.guided else None
 
     def inputs(self, tables) -> tuple:
         return self.x, self.condition, self.weights["hidden.weight"], *tables, self.rows

@@ -59,6 +59,8 @@ class Modulation(NamedTuple):
 class Steps:
     """The steps in plain PyTorch. Weights are [out, in], gradients are of the loss."""
 
+    by_index = True  # whether tables may be read by an index
+
     def hidden(self, x, condition, weight, time, null, rows: Rows) -> Tensor:
         """Folded hidden layer of an `MLPDenoiser` [B, H] (`ops.hoisting` has the identity).
 
@@ -130,7 +132,9 @@ class Steps:
         """Guided input of an AdaLN head's output layer [B, W]: modulated, without norm weights."""
         shift, scale = modulation.parts(rows, state.shape[-1])
         value = F.layer_norm(state, state.shape[-1:], eps=1e-6) * (1 + scale) + shift
-        return value[0] if len(value) == 1 else torch.lerp(value[1], value[0], 1 + rows.weights(state))
+        if len(value) == 1:
+            return value[0]
+        return torch.lerp(value[1], value[0], 1 + rows.weights(state))
 
     def fold_gradient(self, state, modulation, rows, grad):
         """`fold` again, gradients of the state and of the modulation [branches, B, 2 W]."""

@@ -33,6 +33,8 @@ def line_blocks(width: int) -> Blocks:
 class TritonSteps:
     """See `contrec_fast.ops.denoise_steps.Steps`."""
 
+    by_index = False
+
     def hidden(self, x, condition, weight, time, null, rows) -> Tensor:
         return self._hidden(x, condition, weight, time, null, rows, None, None)[0]
 
@@ -117,10 +119,10 @@ class TritonSteps:
 
 
 def hidden_blocks(rows: int, dtype: torch.dtype, gradient: bool) -> Blocks:
-    """The gradients need three tiles of sums and not one or two."""
+    """Gradients need three tiles of sums, which fill the registers of more warps."""
     blocks = blocks_for(rows, dtype)
-    if gradient and blocks.m == 128:
-        return Blocks(64, 64, 64, 4, 3)
+    if gradient and blocks.m >= 64:
+        return Blocks(64, 64, 64 if dtype == torch.bfloat16 else 32, 8, 3)
     return blocks
 
 

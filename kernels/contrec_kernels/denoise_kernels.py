@@ -9,7 +9,7 @@ nothing is added by several programs: the same bits at every call.
 import triton
 import triton.language as tl
 
-from contrec_kernels.sampling_steps import gelu, per_column, silu, tile
+from contrec_kernels.sampling_steps import gelu, normal_tail, per_column, silu, tile
 
 
 @triton.jit
@@ -54,10 +54,10 @@ def row_guidance(guidance, drop, row, HAS_DROP: tl.constexpr):
 
 @triton.jit
 def gelu_gradient(x):
-    """Derivative of GELU."""
-    # Phi(x) = gelu(x) / x would lose it near 0.
-    phi = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * phi
+    """Derivative of GELU, `Phi(x) + x phi(x)`."""
+    tail = normal_tail(tl.abs(x))
+    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return tl.where(x < 0, tail, 1 - tail) + x * density
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -76,9 +76,7 @@ def hidden(
     row, column, inside = tile(rows, HIDDEN, BLOCK_M, BLOCK_N, tl.program_id(0))
     place = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
     zeros = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    shared = accumulate(
-        zeros, x, weight, row, column, DIM, HIDDEN, 1, 3 * DIM, BLOCK_K, PRECISION
-    )
+    shared = accumulate(zeros, x, weight, row, column, DIM, HIDDEN, 1, 3 * DIM, BLOCK_K, PRECISION)
     added = zeros if GUIDED else shared
     added = accumulate(
         added, condition, weight + DIM, row, column, DIM, HIDDEN, 1, 3 * DIM, BLOCK_K, PRECISION
@@ -100,9 +98,7 @@ def hidden(
         if GUIDED:
             conditional = (1 + w) * slope * gelu_gradient(added)
             total = conditional - w * slope * gelu_gradient(without)
-            tl.store(
-                of_condition + place, conditional.to(out.dtype.element_ty), mask=inside
-            )
+            tl.store(of_condition + place, conditional.to(out.dtype.element_ty), mask=inside)
         else:
             total = slope * gelu_gradient(added)
         tl.store(of_shared + place, total.to(out.dtype.element_ty), mask=inside)
@@ -209,9 +205,9 @@ def modulate_gradient(
             users, time, null, 1, branch, row, column, WIDTH, COLUMNS, TIME, NULL, SEPARABLE,
             GUIDED,
         )  # fmt: skip
-        slope = tl.load(
-            grad + (0 if FOLDED else offset * WIDTH) + place, mask=inside, other=0
-        ).to(tl.float32)
+        slope = tl.load(grad + (0 if FOLDED else offset * WIDTH) + place, mask=inside, other=0).to(
+            tl.float32
+        )
         if FOLDED and GUIDED:
             w = row_guidance(guidance, drop, row, HAS_DROP)
             slope *= tl.where(branch == 0, 1 + w, -w)
