@@ -52,11 +52,11 @@ def seen_loss_case():
     return loss, (*loss_case()[1], torch.tensor([1, -1, 0, 1]))
 
 
-def denoise_case(kind):
+def denoise_case(kind, drop=None):
     denoiser = make_denoiser(kind, 6, torch.float32)
 
     def denoise(x, condition, t):
-        return ops.denoise(denoiser, x, condition, t, guidance=1.5)
+        return ops.denoise(denoiser, x, condition, t, 1.5, drop)
 
     return denoise, (torch.randn(4, 6), torch.randn(4, 6), torch.arange(4))
 
@@ -87,6 +87,7 @@ CASES = {
     "catalog_cross_entropy": loss_case,
     "catalog_cross_entropy-seen": seen_loss_case,
     **{f"denoise-{kind}": lambda kind=kind: denoise_case(kind) for kind in KINDS},
+    "denoise-drop": lambda: denoise_case("mlp", torch.tensor([True, False, True, False])),
     **{f"sample-{kind}": lambda kind=kind: sample_case(kind) for kind in KINDS},
     "sample-several": lambda: sample_case("mlp", samples=3),
     "sample-multistep": lambda: sample_case("mlp", {"method": "dpm++", "prediction": "v"}),

@@ -2,61 +2,18 @@
 
 import pytest
 import torch
+from denoise_cases import KINDS, check_gradients, evaluate, poisoned  # noqa: F401, a fixture
 from model_cases import Recorder, small_config, small_shop
-from ops_cases import make_denoiser, make_pair, needs_extension, refused, relative_error
+from ops_cases import make_denoiser, needs_extension, refused
 
 from contrec_fast import ops
 from contrec_fast.ops import dispatch
 from contrec_fast.training import train
 
-KINDS = ("mlp", "adaln", "separable")
+pytestmark = pytest.mark.usefixtures("poisoned")
 BACKENDS = ["recompute", pytest.param("cpp", marks=needs_extension)]
-UNITS = {torch.float32: 64 * 2.0**-24, torch.bfloat16: 8 * 2.0**-9, torch.float64: 1e-12}
 kinds = pytest.mark.parametrize("kind", KINDS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that nobody has written holds nan."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def evaluate(denoiser, backend, x, condition, outward, *rest):
-    """The output, gradients of x and the condition, and of all parameters as one vector."""
-    dtype = next(denoiser.parameters()).dtype
-    x, condition = (
-        None if tensor is None else tensor.to(dtype).requires_grad_() for tensor in (x, condition)
-    )
-    y = ops.denoise(denoiser, x, condition, *rest, backend=backend)
-    assert ops.last_backend("denoise") == backend and y.dtype == dtype
-    inputs = [x, *([] if condition is None else [condition]), *denoiser.parameters()]
-    grads = torch.autograd.grad(y, inputs, outward.to(dtype), allow_unused=True)
-    grads = [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs)]
-    count = len(inputs) - len(list(denoiser.parameters()))
-    return [y.detach(), *grads[:count], torch.cat([g.flatten() for g in grads[count:]])]
-
-
-def check_gradients(kind, backend, dtype, batch, dim, guidance, single, dropped, conditional):
-    """No worse than twice plain PyTorch's error in the same precision, against float64."""
-    low, exact = make_pair(kind, dim, dtype)
-    x, condition, outward = torch.randn(3, batch, dim).to(dtype)
-    t = torch.randint(0, 20, (1 if single else batch,))
-    rest = t, guidance, torch.rand(batch) < 0.4 if dropped else None
-    arguments = x, condition if conditional else None, outward, *rest
-    expected = evaluate(exact, "reference", *arguments)
-    plain = evaluate(low, "reference", *arguments)
-    found = evaluate(low, backend, *arguments)
-    for ours, theirs, truth in zip(found, plain, expected):
-        assert ours.isfinite().all()
-        if truth.any():
-            bound = 2 * relative_error(theirs, truth) + UNITS[dtype]
-            assert relative_error(ours, truth) <= bound
-        else:
-            assert not ours.any()
 
 
 @pytest.mark.parametrize("conditional", [True, False])

@@ -87,11 +87,12 @@ def guided(
         x, condition: [B, D]; no condition means the null branch alone. time: embedding,
         [B, D] or broadcastable. guidance: w. drop: [B] bool, rows of the null branch alone.
     """
-    null = weights[rebuild(description)[1].index("null_condition")].expand_as(x)
+    null_condition = weights[rebuild(description)[1].index("null_condition")]
+    null = null_condition.expand_as(x)
     if condition is None:
         return predict(description, weights, x, null, time)
     if drop is not None:
-        condition = torch.where(drop[:, None], null, condition)
+        condition = torch.where(drop[:, None], null_condition, condition)
     conditional = predict(description, weights, x, condition, time)
     if guidance == 0:
         return conditional

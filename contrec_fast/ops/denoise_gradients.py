@@ -36,6 +36,8 @@ def obstacle(x: Tensor, condition, t, weights, description, *rest) -> str | None
     """What keeps the recomputing versions from serving a call, whatever their steps."""
     if description.startswith("linear "):
         return "an mlp or adaln denoiser (a linear one is a single product of the library)"
+    if any(weight.dtype != x.dtype for weight in weights):
+        return "weights of one dtype"
     if torch.is_autocast_enabled(x.device.type):
         return "no autocast, under which products have another dtype"
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -82,7 +84,7 @@ class _Evaluation:
     def __init__(self, settings, x, condition, t, drop, weights):
         self.steps, self.description, guidance = settings
         self.names = rebuild(self.description)[1]
-        self.weights = dict(zip(self.names, weights))
+        self.weights = {name: w.contiguous() for name, w in zip(self.names, weights)}
         self.null, self.x, self.drop = self.weights["null_condition"], x.contiguous(), drop
         self.conditional = condition is not None
         if not self.conditional:

@@ -121,9 +121,9 @@ class TritonSteps:
 def hidden_blocks(rows: int, dtype: torch.dtype, gradient: bool) -> Blocks:
     """Gradients need three tiles of sums, which fill the registers of more warps."""
     blocks = blocks_for(rows, dtype)
-    if gradient and blocks.m >= 64:
-        return Blocks(64, 64, 64 if dtype == torch.bfloat16 else 32, 8, 3)
-    return blocks
+    if not gradient or blocks.m < 64:
+        return blocks
+    return Blocks(64, 64, 64, 8, 3) if dtype == torch.bfloat16 else Blocks(64, 32, 32, 8, 3)
 
 
 def modulation_of(modulation) -> tuple:
