@@ -184,9 +184,11 @@ def test_what_auto_gives_to_the_extension():
         ]:  # fmt: skip
             ops.denoise(denoiser, x[:rows], x[:rows], steps[t], guidance)
             served[kind].append(ops.last_backend("denoise"))
+        ops.denoise(denoiser.bfloat16(), x.bfloat16(), x.bfloat16(), steps["[1]"], 1.0)
+        served[kind].append(ops.last_backend("denoise"))
     assert served == {
-        "mlp": ["cpp", "cpp", "reference", "cpp", "reference"],
-        "adaln": ["cpp", "reference", "reference", "cpp", "reference"],
+        "mlp": ["cpp", "cpp", "reference", "cpp", "reference", "cpp"],
+        "adaln": ["cpp", "reference", "reference", "cpp", "reference", "reference"],
     }
 
 

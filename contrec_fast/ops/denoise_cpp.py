@@ -128,15 +128,17 @@ def _obstacle(x: Tensor, condition, t, weights, description, *rest) -> str | Non
 def _slower(x, condition, t, weights, description, guidance, drop) -> bool:
     """With gradients, working activations out again costs about a third more than keeping them
     (measured: 0.6 to 0.9 times the reference's speed), unless other savings outweigh it: those of
-    guidance (1.0 to 1.6 times from 256 rows on), and in an MLP, of time steps that many rows share
-    (1.0 to 1.6 times from 1,024 rows on). Without gradients it is 1.0 to 3 times as fast.
+    guidance from 256 rows on (MLP: 1.1 to 1.7 times; AdaLN: 1.0 to 1.3 times in float32, 0.9 to
+    1.3 in bfloat16), and in an MLP, those of time steps that many rows share (1.0 to 1.6 times
+    from 1,024 rows on). Without gradients it is 1.0 to 3 times as fast.
     """
     tensors = (x, *weights) if condition is None else (x, condition, *weights)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return False
+    mlp = description.startswith("mlp ")
     if guidance and condition is not None:
-        return len(x) < 256
-    return not (description.startswith("mlp ") and len(t) >= 1024)
+        return len(x) < 256 or not (mlp or x.dtype == torch.float32)
+    return not (mlp and len(t) >= 1024)
 
 
 _steps = CppSteps()
