@@ -31,7 +31,7 @@ class _Implementation:
     obstacle: Callable[..., str | None] | None
     bucket: Callable[..., str] | None
     sources: tuple[str, ...]
-    slower: Callable[..., bool] | None
+    slower: Callable[..., bool] | None = None
 
 
 _implementations: dict[str, dict[str, _Implementation]] = {}
