@@ -18,17 +18,21 @@ is refused; the tokenizers that it trains on their own (its `vae.py`) load. Drop
 in inference.
 """
 
+from contrec_fast.compat.backbone import load_released_backbone
 from contrec_fast.compat.checkpoint import load_released, load_released_tokenizer
 from contrec_fast.compat.modules import (
     Released,
     ReleasedConditionEncoder,
     ReleasedOutputDecoder,
 )
+from contrec_fast.models.tokenizer import fold_batch_norms
 
 __all__ = [
     "Released",
     "ReleasedConditionEncoder",
     "ReleasedOutputDecoder",
+    "fold_batch_norms",
     "load_released",
+    "load_released_backbone",
     "load_released_tokenizer",
 ]

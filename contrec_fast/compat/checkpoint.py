@@ -64,8 +64,9 @@ def load_released_tokenizer(
 ) -> SigmaVAE:
     """Load a tokenizer that the released code (or DeftRec's `vae.py`) saved on its own.
 
-    Its layers are ours. What it adds to the inputs in training only, `pos.weight`, is left out:
-    `encode` and `decode` are the released ones.
+    Its layers are ours; `fold_batch_norms` makes fewer of them, for inference. What it adds to the
+    inputs in training only, `pos.weight`, is left out: `encode` and `decode` are the released
+    ones.
 
     Args:
         source: a .pt, .pth, .ckpt or .safetensors file, or a state dict.
