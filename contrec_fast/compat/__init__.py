@@ -18,6 +18,7 @@ is refused; the tokenizers that it trains on their own (its `vae.py`) load. Drop
 in inference.
 """
 
+from contrec_fast.compat.accelerate import Acceleration, accelerate_released
 from contrec_fast.compat.backbone import load_released_backbone
 from contrec_fast.compat.checkpoint import load_released, load_released_tokenizer
 from contrec_fast.compat.modules import (
@@ -28,9 +29,11 @@ from contrec_fast.compat.modules import (
 from contrec_fast.models.tokenizer import fold_batch_norms
 
 __all__ = [
+    "Acceleration",
     "Released",
     "ReleasedConditionEncoder",
     "ReleasedOutputDecoder",
+    "accelerate_released",
     "fold_batch_norms",
     "load_released",
     "load_released_backbone",
