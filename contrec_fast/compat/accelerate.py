@@ -18,7 +18,7 @@ NETWORK = (
 )  # fmt: skip
 TABLES = ("posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance")
 SAMPLER = ("timesteps", "w", *TABLES, "sample")
-TOLERANCE = 1e-4  # of the check that both compute the same, far above rounding in float32
+TOLERANCE = 1e-2  # of the check that both compute the same, above what TF32 rounds off
 
 
 def accelerate_released(diffusion_net: nn.Module, ddpm) -> "Acceleration":
@@ -31,8 +31,9 @@ def accelerate_released(diffusion_net: nn.Module, ddpm) -> "Acceleration":
     What is equal: noise is drawn by the same calls in the same order, from torch's global
     generator of the conditions' device, which is left in the same state. With this noise the
     network's time embeddings, the weights and the sampler's tables are the objects' own, so
-    vectors differ by rounding only (sums in another order), and scores with them. What is not:
-    nothing returned carries gradients, and all noise is held at once, [timesteps, B, D].
+    vectors differ by rounding only, and scores with them: sums are taken in another order, and
+    conditions are not computed by convolutions, for which GPUs use TF32 by default. What is not
+    equal: nothing returned carries gradients, and all noise is held at once, [timesteps, B, D].
 
     A call that is not the released one goes to the original method: `predict` in training mode
     (dropout) or with another sampler, `sample` with other networks or conditions of another shape,

@@ -1,6 +1,5 @@
 """From users' histories to top-K lists, batch by batch."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from contrec_fast import ops
 from contrec_fast.data.interactions import Dataset
-from contrec_fast.data.prompts import CategoryMatcher, Prompts
+from contrec_fast.data.prompts import Prompts
+from contrec_fast.engine.head import Head, stable_id
 from contrec_fast.models.contrec import ContRec
 
 BATCH = 128
@@ -51,19 +50,11 @@ class Recommender:
         self.prompts = Prompts(
             dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
         )
-        self.matcher = CategoryMatcher(dataset.items.categories)
-        device = model.item_vectors.device
-        self.catalog = ops.Catalog(model.item_vectors.detach(), self.matcher.groups.to(device))
-        self.seen = None
-        if config.retrieval.filter_seen:
-            self.seen = ops.SeenLists.from_lists(dataset.histories, device)
-        self.keys = torch.tensor([stable_id(user) for user in dataset.user_ids], device=device)
-        head, self.plan = config.head, None
-        if head.diffusion:
-            self.plan = ops.plan_sampling(
-                model.head.denoiser, head.schedule, head.timesteps, head.method, head.steps,
-                head.guidance, head.prediction,
-            )  # fmt: skip
+        self.head = Head.of(model, dataset, seed)
+        self.matcher, self.catalog, self.seen = self.head.matcher, self.head.catalog, self.head.seen
+        self.keys = torch.tensor(
+            [stable_id(user) for user in dataset.user_ids], device=model.item_vectors.device
+        )
 
     def recommend(
         self, rows: Sequence[int], k: int, batch_size: int = BATCH, advance=None
@@ -103,18 +94,11 @@ class Recommender:
 
     @torch.inference_mode()
     def _batch(self, rows: np.ndarray, k: int):
-        device, retrieval = self.model.item_vectors.device, self.model.config.retrieval
+        device = self.model.item_vectors.device
         vectors, texts = self.sample(rows)
         user = torch.from_numpy(rows).to(device)
         matched = self.matcher.match(texts).to(device)
-        draws = len(vectors)
-        scores, ids = ops.cosine_topk(
-            vectors.flatten(0, 1), self.catalog, k, matched.repeat(draws, 1), retrieval.bonus,
-            self.seen, None if self.seen is None else user.repeat(draws),
-        )  # fmt: skip
-        if draws > 1:
-            shape = (draws, len(rows), k)
-            scores, ids = best_of_draws(scores.reshape(shape), ids.reshape(shape))
+        scores, ids = self.head.search(vectors, k, matched, None if self.seen is None else user)
         group = self.catalog.groups[ids.clamp(min=0)].long()
         named = matched.gather(1, group.clamp(min=0)) & (group >= 0) & (ids >= 0)
         return ids.cpu().numpy(), scores.cpu().numpy(), named.cpu().numpy(), texts
@@ -133,34 +117,7 @@ class Recommender:
 
     def vectors(self, condition: Tensor, keys: Tensor) -> Tensor:
         """Conditions [B, D] and noise keys [B] to item-space vectors [S, B, D]."""
-        draws, y = self.model.config.retrieval.draws, condition
-        if self.plan is not None:
-            y = self.plan(condition, seed=self.seed, user_ids=keys, samples=draws)
-        return self.model.to_item_space(y if y.dim() == 3 else y[None])
-
-
-def best_of_draws(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Top-K lists of several draws to the top K by each item's best score.
-
-    Exact: an item among the best K overall is among the best K of the draw it scores best in.
-
-    Args:
-        scores: [S, B, k] float32. ids: [S, B, k] int64, -1 (score -inf) where a list is over.
-
-    Returns:
-        scores [B, k] and ids [B, k]; ties go to the lower id.
-    """
-    k = scores.shape[2]
-    scores, ids = (lists.movedim(0, 1).flatten(1) for lists in (scores, ids))
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, ids.gather(1, order).argsort(dim=1, stable=True))
-    scores, ids = scores.gather(1, order), ids.gather(1, order)  # by id, its best score first
-    again = torch.zeros_like(ids, dtype=torch.bool)
-    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    scores = scores.masked_fill(again, -torch.inf)
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    scores, ids = scores.gather(1, order), ids.gather(1, order)
-    return scores, ids.masked_fill(scores == -torch.inf, -1)
+        return self.head.vectors(condition, keys)
 
 
 def served_dataset(
@@ -274,9 +231,3 @@ def _ids(expected: str, ids) -> list[str]:
         if not isinstance(other, str):
             raise TypeError(f"{expected} a list of strings, got one with {other!r}")
     return ids
-
-
-def stable_id(user_id: str) -> int:
-    """A user's 64-bit noise key, made from the original id (signed, for int64 tensors)."""
-    digest = hashlib.blake2b(user_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
