@@ -4,13 +4,14 @@ import json
 import struct
 
 import pytest
+import released_cases
 import torch
 from model_cases import write_backbone
 from ops_cases import refused
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from contrec_fast.compat import load_released_backbone
+from contrec_fast.compat import load_released, load_released_backbone
 from contrec_fast.compat.backbone import dequantize
 
 RELEASED = ["up_proj", "down_proj", "gate_proj", "k_proj", "q_proj", "v_proj", "o_proj"]
@@ -78,6 +79,18 @@ def test_adapters_are_merged(folder, tmp_path, rank):
             layer = model.base_model.model.model.layers[0].mlp.up_proj
             expected = layer.get_delta_weight("default") * share
             torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_checkpoint_holds_the_language_model_and_the_rest(folder, tmp_path):
+    model, rest = adapted(folder), released_cases.lightning(timesteps=9)
+    state = {k: t for k, t in rest["state_dict"].items() if not k.startswith("model.")}
+    state |= {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+    torch.save(rest | {"state_dict": state}, tmp_path / "last.ckpt")
+    assert_same(load_released_backbone(tmp_path / "last.ckpt", folder), model)
+    found, expected = load_released(tmp_path / "last.ckpt"), load_released(rest)
+    assert found.settings == expected.settings
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])

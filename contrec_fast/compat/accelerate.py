@@ -55,6 +55,7 @@ class _Parts(NamedTuple):
     """What was made of the objects as `state` says they were."""
 
     state: list
+    kept: list[Tensor]  # so that nothing else can come to lie at their addresses
     denoiser: Denoiser
     encoder: ReleasedConditionEncoder
     plan: SamplingPlan
@@ -131,8 +132,8 @@ class Acceleration:
             if not isinstance(table, Tensor) or table.shape != (ddpm.timesteps,):
                 got = list(table.shape) if isinstance(table, Tensor) else type(table).__name__
                 raise ValueError(f"ddpm: expected {ddpm.timesteps} numbers as {name}, got {got}")
-        state = [version(tensor) for tensor in (*net.parameters(), *net.buffers(), *tables)]
-        state += [ddpm.w, ddpm.timesteps]
+        tensors = [*net.parameters(), *net.buffers(), *tables]
+        state = [*map(version, tensors), ddpm.w, ddpm.timesteps]
         if self._parts is None or self._parts.state != state:
             weights = Weights("diffusion_net", net.state_dict())
             denoiser, encoder = diffusion_modules(weights)
@@ -141,13 +142,14 @@ class Acceleration:
             scale = _tabulate(plan, *tables)
             with torch.no_grad():
                 plan.times.copy_(net.step_mlp(plan.timestep_indices))
-            self._parts = _Parts(state, denoiser, encoder.eval(), plan, scale)
+            kept = [tensor.detach() for tensor in tensors]
+            self._parts = _Parts(state, kept, denoiser, encoder.eval(), plan, scale)
         return self._parts
 
     @torch.no_grad()
     def _check_same(self) -> None:
         """Refuse networks that compute something else in spite of the same attributes."""
-        net, (_, denoiser, encoder, plan, _) = self.diffusion_net, self._current()
+        net, (_, _, denoiser, encoder, plan, _) = self.diffusion_net, self._current()
         positions = encoder.positional_embeddings.weight
         generator = torch.Generator().manual_seed(0)  # not torch's own, which is the caller's
         x, h = torch.randn(2, 2, plan.dim, generator=generator).to(positions)

@@ -100,7 +100,9 @@ def _choose(operation: str, *arguments) -> str:
 
 def _measured(operation: str, device: torch.device, *arguments) -> list[str]:
     """Backends that a stored run showed right and faster for such arguments, best first."""
-    rows = [row for row in measurements() if row["operation"] == operation and row["speedup"] > 1]
+    rows = [
+        row for row in measurements() if row["operation"] == operation and row["speedup"] > 1
+    ]
     if not rows or device.type != "cuda":
         return []
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
