@@ -193,6 +193,12 @@ def test_changes_are_followed(tolerance):
     compare()
     net.load_state_dict(Tenc().state_dict())
     compare()
+    for options in ({"foreach": True}, {"fused": True}):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, **options)
+        for parameter in net.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        compare()
     ddpm.w = 0.7
     compare()
     ddpm.posterior_variance.mul_(4)

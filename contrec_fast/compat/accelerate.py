@@ -1,5 +1,6 @@
 """The released code's own objects, made to sample by a plan, in place."""
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from contrec_fast.compat.checkpoint import UNUSED, diffusion_modules
 from contrec_fast.compat.modules import ReleasedConditionEncoder
 from contrec_fast.compat.state import Weights
 from contrec_fast.models.denoisers import Denoiser, MLPDenoiser
-from contrec_fast.ops.hoisting import version
 from contrec_fast.ops.sampling import SamplingPlan, plan_sampling
 
 NETWORK = (
@@ -18,6 +18,7 @@ NETWORK = (
 )  # fmt: skip
 TABLES = ("posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance")
 SAMPLER = ("timesteps", "w", *TABLES, "sample")
+NOT_USED = (*UNUSED, "item_embeddings")  # by the plan
 TOLERANCE = 1e-2  # of the check that both compute the same, above what TF32 rounds off
 
 
@@ -52,14 +53,19 @@ def accelerate_released(diffusion_net: nn.Module, ddpm) -> "Acceleration":
 
 
 class _Parts(NamedTuple):
-    """What was made of the objects as `state` says they were."""
+    """What was made of the objects, and copies of what it was made of."""
 
-    state: list
-    kept: list[Tensor]  # so that nothing else can come to lie at their addresses
+    made_of: list
     denoiser: Denoiser
     encoder: ReleasedConditionEncoder
     plan: SamplingPlan
     scale: Tensor  # of the last step's prediction, 1 up to the rounding of the tables
+
+    def sample(self, h: Tensor) -> Tensor:
+        noise = torch.empty((self.plan.steps, *h.shape), dtype=h.dtype, device=h.device)
+        for entry in noise:
+            entry.normal_()  # one by one, as `randn_like` there
+        return self.plan(h, noise=noise) * self.scale
 
 
 class Acceleration:
@@ -96,6 +102,9 @@ class Acceleration:
     def __exit__(self, *error) -> None:
         self.restore()
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_parts": None}  # a copy makes its own
+
     def __repr__(self) -> str:
         kind = "mlp2" if isinstance(self._current().denoiser, MLPDenoiser) else "mlp1"
         plan = self._current().plan
@@ -110,10 +119,7 @@ class Acceleration:
         plain = h.dim() == 2 and h.dtype == parts.plan.times.dtype and h.is_contiguous()
         if not ours or not plain:
             return self._original_sample(model_forward, model_forward_uncon, h)
-        noise = torch.empty((parts.plan.steps, *h.shape), dtype=h.dtype, device=h.device)
-        for entry in noise:
-            entry.normal_()  # one by one, as `randn_like` there
-        return parts.plan(h, noise=noise) * parts.scale
+        return parts.sample(h)
 
     @torch.no_grad()
     def predict(self, states: Tensor, len_states, diff) -> tuple[Tensor, Tensor]:
@@ -121,7 +127,7 @@ class Acceleration:
         net, parts = self.diffusion_net, self._current()
         if net.training or diff is not self.ddpm or states.dtype != parts.plan.times.dtype:
             return self._original_predict(states, len_states, diff)
-        x = diff.sample(net.forward, net.forward_uncon, parts.encoder(states))
+        x = parts.sample(parts.encoder(states))
         return x, x @ net.item_embeddings.T
 
     def _current(self) -> _Parts:
@@ -132,24 +138,25 @@ class Acceleration:
             if not isinstance(table, Tensor) or table.shape != (ddpm.timesteps,):
                 got = list(table.shape) if isinstance(table, Tensor) else type(table).__name__
                 raise ValueError(f"ddpm: expected {ddpm.timesteps} numbers as {name}, got {got}")
-        tensors = [*net.parameters(), *net.buffers(), *tables]
-        state = [*map(version, tensors), ddpm.w, ddpm.timesteps]
-        if self._parts is None or self._parts.state != state:
-            weights = Weights("diffusion_net", net.state_dict())
+        state = net.state_dict()
+        used = [tensor for name, tensor in state.items() if not name.startswith(NOT_USED)]
+        made_of = [ddpm.w, ddpm.timesteps, *tables, *used]
+        if self._parts is None or not _same(self._parts.made_of, made_of):
+            weights = Weights("diffusion_net", state)
             denoiser, encoder = diffusion_modules(weights)
-            weights.finish(*UNUSED, "item_embeddings")
+            weights.finish(*NOT_USED)
             plan = plan_sampling(denoiser, timesteps=ddpm.timesteps, guidance=ddpm.w)
             scale = _tabulate(plan, *tables)
             with torch.no_grad():
                 plan.times.copy_(net.step_mlp(plan.timestep_indices))
-            kept = [tensor.detach() for tensor in tensors]
-            self._parts = _Parts(state, kept, denoiser, encoder.eval(), plan, scale)
+            copies = copy.deepcopy([getattr(value, "data", value) for value in made_of])
+            self._parts = _Parts(copies, denoiser, encoder.eval(), plan, scale)
         return self._parts
 
     @torch.no_grad()
     def _check_same(self) -> None:
         """Refuse networks that compute something else in spite of the same attributes."""
-        net, (_, _, denoiser, encoder, plan, _) = self.diffusion_net, self._current()
+        net, (_, denoiser, encoder, plan, _) = self.diffusion_net, self._current()
         positions = encoder.positional_embeddings.weight
         generator = torch.Generator().manual_seed(0)  # not torch's own, which is the caller's
         x, h = torch.randn(2, 2, plan.dim, generator=generator).to(positions)
@@ -184,6 +191,16 @@ class _Echo:
 
     def sample(self, model_forward, model_forward_uncon, h: Tensor) -> Tensor:
         return h
+
+
+def _same(made_of: list, now: list) -> bool:
+    """By content: the steps of a fused optimizer change no version counter."""
+    return len(made_of) == len(now) and all(
+        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+        if isinstance(a, Tensor)
+        else a == b
+        for a, b in zip(made_of, now)
+    )
 
 
 def _tabulate(plan: SamplingPlan, of_x0: Tensor, of_x: Tensor, variance: Tensor) -> Tensor:
