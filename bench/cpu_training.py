@@ -25,7 +25,8 @@ from contrec_fast import Config, apply_overrides, native
 from contrec_fast.data.interactions import Dataset, Items
 from contrec_fast.data.prompts import Prompts, Window
 from contrec_fast.models.backbone import make_tiny_backbone
-from contrec_fast.models.contrec import ContRec, make_tokenizer
+from contrec_fast.models.contrec import ContRec
+from contrec_fast.models.latent import make_tokenizer
 from contrec_fast.ops import dispatch
 
 WAYS = {"auto": "auto", "reference": "torch"}
