@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# The latest of each operation: what an outdated build lacks.
+_KERNELS = ("philox_instruction_sets", "cosine_topk", "sample", "gather_tokens", "cross_entropy")
+_KERNELS += ("denoise_hidden",)
+
 try:
     import contrec_fast._C as _C
 except ModuleNotFoundError as error:
@@ -22,6 +26,12 @@ except ImportError as error:  # built, but it cannot be loaded: another Python, 
     _missing = str(error)
 else:
     _missing = None
+    if _lacking := [name for name in _KERNELS if not hasattr(_C, name)]:
+        _missing = (
+            f"{_C.__file__}: expected {_lacking[0]}, got a build of older sources; "
+            "install contrec-fast again"
+        )
+        _C = None
 
 
 def build_info() -> dict | None:

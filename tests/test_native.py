@@ -175,3 +175,18 @@ def test_philox_normal_does_not_depend_on_batch_or_threads():
 def test_serves_only_eager_cpu_tensors():
     assert native.serves(torch.empty(1)) == (native.build_info() is not None)
     assert not native.serves(torch.empty(1, device="meta"))
+
+
+def test_a_build_of_older_sources_is_left_alone(run_python):
+    process = run_python(
+        "import sys, types\n"
+        "old = sys.modules['contrec_fast._C'] = types.ModuleType('contrec_fast._C')\n"
+        "old.__file__, old.cosine_topk = 'old.so', None\n"
+        "from contrec_fast import native, ops\n"
+        "import torch\n"
+        "print(native.build_info(), native.why_missing())\n"
+        "ops.cosine_topk(torch.ones(1, 2), ops.Catalog(torch.ones(3, 2)), 1)\n"
+        "print(ops.last_backend('cosine_topk'))"
+    )
+    said = "None old.so: expected philox_instruction_sets, got a build of older sources; "
+    assert process.stdout == said + "install contrec-fast again\nreference\n"
