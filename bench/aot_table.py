@@ -19,12 +19,15 @@ os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
 
 import torch
 import triton
-from contrec_kernels import aot, topk
+from contrec_kernels import aot, cross_entropy, gather, topk
+from contrec_kernels.denoise import TritonSteps
 from torch import Tensor
 from triton.runtime import driver
 
 from contrec_fast.models.denoisers import DENOISERS
 from contrec_fast.ops import plan_sampling
+from contrec_fast.ops.denoise import describe
+from contrec_fast.ops.denoise_gradients import denoise_recomputed
 from contrec_fast.ops.triton_sampling import run_sample
 
 CAPABILITIES = (80, 90)
@@ -70,12 +73,71 @@ def top_k(batch: int, dim: int) -> Callable[[], None]:
     return launch
 
 
+def gathered(dtype: torch.dtype, factored: bool) -> Callable[[], None]:
+    """The launches of `gather_tokens`; of a whole table, its gradients' too."""
+
+    def launch():
+        ids, width = torch.zeros(8, 512).long(), 2048
+        text, out = (torch.zeros(shape, dtype=dtype) for shape in ((16, width), (8, 512, width)))
+        if factored:
+            shapes = (16, 256), (2, width, 256), (2, width)
+            table = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+            return gather.gather_tokens(ids, ids, text, *table, out)
+        gather.gather_tokens(ids, ids, text, text, None, None, out)
+        gather.gather_tokens_backward(out, ids, ids, 16, 16, True, True)
+
+    return launch
+
+
+def loss(dtype: torch.dtype, batch: int, dim: int) -> Callable[[], None]:
+    """The launches of the cross-entropy and its gradients: without and with lists, smoothing."""
+
+    def launch():
+        rows = torch.zeros(batch).long()
+        queries, vectors = (torch.zeros(n, dim, dtype=dtype) for n in (batch, 1 << 14))
+        for similarity, smoothing, seen in (
+            ("cosine", 0.0, (None, None, None)),
+            ("dot", 0.1, (torch.zeros(batch + 1).long(), torch.zeros(4).long(), rows)),
+        ):
+            call = queries, vectors, rows, 0.1, similarity, smoothing, *seen
+            losses, *kept = cross_entropy.forward(*call)
+            cross_entropy.backward(*call, *kept, losses, (True, True))
+
+    return launch
+
+
+def denoise(kind: str, dtype: torch.dtype, batch: int, guidance: float, **sizes):
+    """The launches of an evaluation and its gradients: dropped conditions, one step for all."""
+
+    def launch():
+        denoiser = DENOISERS[kind](**sizes).to(dtype)
+        x = torch.zeros(batch, denoiser.dim, dtype=dtype)
+        drop, weights = torch.zeros(batch).bool(), list(denoiser.parameters())
+        denoise_recomputed(
+            TritonSteps(), x, x, torch.zeros(1).long(), weights, describe(denoiser), guidance, drop
+        ).sum().backward()
+
+    return launch
+
+
 def cases() -> dict[str, Callable[[], object]]:
     """Host code by the name of its case."""
     found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        found[f"gather H=2048 {name}"] = gathered(dtype, False)
+        found[f"gather factored H=2048 {name}"] = gathered(dtype, True)
     for dim in (64, 512):
         for batch in (1, 64, 1024):
             found[f"topk D={dim} B={batch}"] = top_k(batch, dim)
+    for dtype, name in (
+        (torch.bfloat16, "bf16"),
+        (torch.float16, "fp16"),
+        (torch.float32, "fp32"),
+    ):
+        for dim in (64, 512):
+            for batch in (1, 256):
+                found[f"loss D={dim} B={batch} {name}"] = loss(dtype, batch, dim)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         mlp, head = (
             functools.partial(sample, "mlp", dtype),
@@ -91,6 +153,17 @@ def cases() -> dict[str, Callable[[], object]]:
             found[f"sample separable W=1024 {label}"] = head(batch, separable=True, **sizes)
         found[f"sample mlp dpm++ D=512 B=2048 {name}"] = mlp(2048, "dpm++", dim=512)
         found[f"sample mlp dpm++ D=64 B=32 {name}"] = mlp(32, "dpm++", dim=64)
+        for guidance in (0.0, 2.0):
+            for dim, batch in [(64, 512), (512, 64), (512, 2048), (512, 4096)]:
+                found[f"denoise mlp D={dim} B={batch} w={guidance:.0f} {name}"] = denoise(
+                    "mlp", dtype, batch, guidance, dim=dim
+                )
+        for batch in (32, 2048):
+            sizes = {"dim": 512, "width": 1024, "depth": 1}
+            for kind in ("adaln", "separable"):
+                found[f"denoise {kind} W=1024 D=512 B={batch} {name}"] = denoise(
+                    "adaln", dtype, batch, 2.0, separable=kind == "separable", **sizes
+                )
     for form in ("persistent", "step-pre"):
         found[f"sample mlp {form} D=512 bf16"] = sample(
             "mlp", torch.bfloat16, 2048, form=form, dim=512

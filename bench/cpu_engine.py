@@ -56,7 +56,7 @@ class Ways:
         model, self.dataset = recommender.model, recommender.dataset
         self.model, head = model, model.config.head
         self.histories = self.dataset.histories
-        denoiser, plan = model.head.denoiser, recommender.plan
+        denoiser, plan = model.head.denoiser, recommender.head.plan
         self.steps = head.steps
         self.folded = TorchSampler.from_plan(denoiser, plan, head.guidance, torch.float32)
         self.denoiser = ReleasedDenoiser.from_model(denoiser).eval()

@@ -3,10 +3,11 @@
 #
 #     bench/gpu_suite.sh OUT [SECONDS]
 #
-# Environment, the probes that decide the kernels' design, PyTorch baselines, build, GPU tests,
-# tools, the other tests.
+# Environment, the probes that decide the kernels' design, PyTorch baselines, build, GPU tests, the
+# Triton kernels beside PyTorch and under a checker and a profiler, tools, the other tests.
 # Needs no network. Writes OUT/results.json (after every part, so that a run that is cut off keeps
-# what it had) and OUT/log.txt. Each part has its own time limit and the whole run one of SECONDS
+# what it had), OUT/log.txt and for the Triton kernels OUT/gpu-*.json and OUT/rows-*.json, which
+# bench/dispatch_table.py merges into what `auto` chooses from. Each part has its own time limit and the whole run one of SECONDS
 # (default 540); a part that fails, a missing tool included, does not stop the rest. Exits 1 if any
 # part was not ok. Set COMMIT where the tree is no git checkout.
 set -u
@@ -61,13 +62,27 @@ part torch-sampler 60 python3 bench/torch_sampler.py
 part torch-topk 45 python3 bench/torch_topk.py
 part build 60 python3 setup.py -q build_ext --inplace
 part import-extension 30 python3 -c 'from contrec_fast import _C; print(_C.__file__)'
-part tests-gpu 60 python3 -m pytest -q -m gpu tests
+# Several processes where pytest-xdist is there: the tests mostly wait for Triton's compiler.
+python3 -c 'import xdist' >/dev/null 2>&1 && workers='-n 8' || workers=
+# What has a barrier across the grid, which can hang, comes later and by itself.
+# shellcheck disable=SC2086 # two words or none
+part tests-gpu 90 python3 -m pytest -q $workers -m gpu -k "not cooperative" tests
+part triton-topk 90 python3 bench/gpu_topk.py --out "$out/gpu-topk.json" \
+  --rows "$out/rows-topk.json" --dims 512 64 --ks 20 --batches 1 64 256 1024
+part triton-sample 120 python3 bench/gpu_sample.py --out "$out/gpu-sample.json" \
+  --rows "$out/rows-sample.json" --dims 512 64 --steps 200 3 --batches 1 64 4096 \
+  --forms persistent persistent-pre step step-pre
+part triton-cooperative 40 python3 bench/gpu_sample.py --out "$out/gpu-cooperative.json" \
+  --rows "$out/rows-cooperative.json" --dims 512 --steps 200 3 --batches 1 64 \
+  --forms cooperative-pre
+part tests-cooperative 30 python3 -m pytest -q -m gpu -k cooperative tests
+part triton-memcheck 60 python3 bench/triton_tools.py compute-sanitizer
+part triton-ncu 40 python3 bench/triton_tools.py ncu
 part torch-sampler-compile 100 python3 bench/torch_sampler.py --compile
 part tool-ncu 30 python3 bench/check_tools.py ncu "$scratch/tool_sample"
 part tool-compute-sanitizer 30 python3 bench/check_tools.py compute-sanitizer "$scratch/tool_sample"
 part tool-nsys 30 python3 bench/check_tools.py nsys "$scratch/tool_sample"
-# As on a machine without a GPU; several processes where pytest-xdist is there.
-python3 -c 'import xdist' >/dev/null 2>&1 && workers='-n 8' || workers=
+# As on a machine without a GPU.
 # shellcheck disable=SC2086 # two words or none
 part tests 240 env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=2 \
   python3 -m pytest -q $workers -m "not gpu" tests

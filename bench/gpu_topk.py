@@ -3,20 +3,23 @@
     python bench/gpu_topk.py --out FILE [--rows FILE] [--sweep]
 
 Per case one line as in `reporting`, and the number of queries whose first attempt was not
-certified. The floor is the larger of the scan copy's bytes over the copy bandwidth and the products
-over the bf16 matrix rate, both measured first. `--rows` writes the rows of
-contrec_fast/ops/measured.json that this run supports; `--sweep` times other tiles as well.
+certified. Variants take turns, on other queries each time: triton, which looks at its certificates;
+triton+graph, one attempt as a replayed CUDA graph; torch and torch+graph, the plain PyTorch of
+`torch_topk.py`; compile+graph, the same compiled. The floor is the larger of the scan copy's bytes
+over the copy bandwidth and the products over the bf16 matrix rate, both measured first. `--rows`
+writes the rows that this run supports for `dispatch_table.py`; `--sweep` times other tiles as well.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from dispatch_table import Rows
+from gpu_timing import ceilings, device_here, interleaved
 from reporting import COLUMNS, environment, line, positive, record, store
-from torch_timing import capture, measure
+from torch_timing import capture
 from torch_topk import torch_topk
 
 from contrec_fast import ops
@@ -26,67 +29,48 @@ PI, GROUPS, SEEN, ROTATED = 0.1, 64, 50, 4
 CHUNK = 512  # queries whose scores plain PyTorch holds at once
 
 
-def ceilings() -> tuple[float, float]:
-    """Bytes/s of a copy and FLOP/s of a bf16 product, on random data."""
-    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
-    source = torch.randn(1 << 29, device="cuda")
-    target = torch.empty_like(source)
-    device = source.device
-    copy = measure(lambda: target.copy_(source), device)["median"] * 1e-6
-    product = measure(lambda: a @ b, device)["median"] * 1e-6
-    return 2 * 4 * source.numel() / copy, 2 * 8192**3 / product
-
-
-def interleaved(functions: dict, rotate, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call: one of each function in turn, each on other queries than before."""
-    times = {name: [] for name in functions}
-    for repeat in range(repeats + 3):
-        rotate(repeat)
-        for name, function in functions.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            if repeat >= 3:
-                times[name].append(begin.elapsed_time(end) * 1e-3)
-    return times
-
-
 class Case:
     """B queries that rotate in one place, with seen lists and a bonus, and what can serve them."""
 
-    def __init__(self, catalog: ops.Catalog, unit: torch.Tensor, batch: int, k: int):
+    def __init__(self, catalog: ops.Catalog, batch: int, k: int):
         from contrec_kernels import topk
 
-        count, dim = catalog.vectors.shape
-        self.batch, self.k = batch, k
-        self.others = torch.randn(ROTATED, batch, dim, device="cuda")
+        (count, dim), device = catalog.vectors.shape, catalog.vectors.device
+        self.others = torch.randn(ROTATED, batch, dim, device=device)
         self.queries = self.others[0].clone()
-        matched = torch.rand(batch, GROUPS, device="cuda") < 2 / GROUPS
+        self.matched = torch.rand(batch, GROUPS, device=device) < 2 / GROUPS
         lists = torch.randint(count, (batch, SEEN)).sort(dim=1).values
-        seen = ops.SeenLists.from_lists(lists.tolist(), "cuda")
+        seen = ops.SeenLists.from_lists(lists.tolist(), device)
+        self.lists, self.groups = lists.to(device), catalog.groups.long()
         self.arguments = (
             self.queries, catalog.vectors, catalog.norms, catalog.scan, catalog.errors,
-            catalog.groups, catalog.eligible, k, matched, PI, seen.offsets, seen.ids,
-            torch.arange(batch, device="cuda"),
+            catalog.groups, catalog.eligible, k, self.matched, PI, seen.offsets, seen.ids,
+            torch.arange(batch, device=device),
         )  # fmt: skip
-        groups, ids = catalog.groups.long(), lists.cuda()
+        self.kernels = lambda: topk.cosine_topk(*self.arguments)
+        self.search = lambda **options: topk.search(*self.arguments, **options)
+
+    def functions(self, unit: torch.Tensor) -> dict:
+        """The variants by name; unit: [N, D] bfloat16 for plain PyTorch."""
+        k, lists = self.arguments[7], self.lists
 
         def plain(torch_topk=torch_topk):
-            for at in range(0, batch, CHUNK):
+            for at in range(0, len(lists), CHUNK):
                 some = slice(at, at + CHUNK)
-                rows = torch.arange(len(ids[some]), device="cuda").repeat_interleave(SEEN)
-                pairs = rows, ids[some].flatten()
-                found = torch_topk(self.queries[some], unit, groups, matched[some], *pairs, PI, k)
+                rows = torch.arange(len(lists[some]), device=lists.device)
+                pairs = rows.repeat_interleave(SEEN), lists[some].flatten()
+                found = torch_topk(
+                    self.queries[some], unit, self.groups, self.matched[some], *pairs, PI, k
+                )
             return found[0]
 
+        torch.compiler.reset()  # beyond some variants of one function nothing would be compiled
         compiled = torch.compile(torch_topk, dynamic=False)
-        self.search = lambda **options: topk.search(*self.arguments, **options)
-        self.functions = {
-            "triton": lambda: topk.cosine_topk(*self.arguments),
+        return {
+            "triton": self.kernels,
             "triton+graph": capture(lambda: self.search()[0], unit.device)[0],
             "torch": plain,
+            "torch+graph": capture(plain, unit.device)[0],
             "compile+graph": capture(lambda: plain(compiled), unit.device)[0],
         }
 
@@ -100,7 +84,7 @@ class Case:
         """Whether both ways to the kernels give the reference's lists, bit for bit."""
         for repeat in range(2):
             self.rotate(repeat)
-            expected, found = self.reference(), self.functions["triton"]()
+            expected, found = self.reference(), self.kernels()
             *once, sure = self.search()
             same = all(torch.equal(a, b) for a, b in zip(found, expected))
             same &= all(torch.equal(a[sure], b[sure]) for a, b in zip(once, expected))
@@ -145,6 +129,13 @@ def sweep(case: Case, repeats: int) -> None:
         print(f"  {tiles}: {statistics.median(seconds) * 1e6:.0f} us", flush=True)
 
 
+def bucket(items: int, dim: int, k: int, batch: int) -> str:
+    """The class of shapes in the dispatch table that a case belongs to."""
+    queries, vectors = (torch.empty(count, dim, device="meta") for count in (batch, items))
+    matched = queries.new_empty(batch, GROUPS, dtype=torch.bool)
+    return triton_topk._bucket(queries, vectors, *[None] * 5, k, matched, PI, *[None] * 3)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -159,55 +150,49 @@ def main() -> int:
     parser.add_argument("--items", type=positive, default=1_000_000)
     parser.add_argument("--repeats", type=positive, default=30)
     asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        print(f"gpu_topk: needs a CUDA GPU; torch {torch.__version__} sees none")
-        return 1
-    bandwidth, rate = ceilings()
+    device = device_here(parser)
+    bandwidth, rate = ceilings(device)
     print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.0f} TFLOP/s\n{COLUMNS}")
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    cases, rows, wrong = [], {}, 0
-    for dim in asked.dims:
-        vectors = torch.randn(asked.items, dim, device="cuda")
-        catalog = ops.Catalog(vectors, torch.randint(GROUPS, (asked.items,), device="cuda"))
-        unit = torch.nn.functional.normalize(vectors, dim=1).bfloat16()
-        for k in asked.ks:
-            for batch in asked.batches:
-                case = Case(catalog, unit, batch, k)
-                shape = f"B={batch} N={asked.items} D={dim} k={k}"
-                if not case.right():
-                    print(f"{shape}: not the reference's lists", flush=True)
-                    wrong += 1
-                    continue
-                missed = case.uncertified()
-                times = interleaved(case.functions, case.rotate, asked.repeats)
-                median = {name: statistics.median(seconds) for name, seconds in times.items()}
-                slow = interleaved({"reference": case.reference}, case.rotate, 3)["reference"]
-                flops, moved = 2.0 * batch * asked.items * dim, asked.items * (2.0 * dim + 5)
-                for name, seconds in times.items():
-                    done = record(
-                        "cosine_topk", shape, "bf16 scan", name, seconds, flops, moved,
-                        max(moved / bandwidth, flops / rate), median["torch"],
-                        median["compile+graph"],
-                    )  # fmt: skip
-                    print(line(done), flush=True)
-                    cases.append(done | {"uncertified": missed})
-                print(f"  {missed:.2f} of {batch} queries not certified at first", flush=True)
-                bucket = triton_topk._bucket(*case.arguments)
-                speedup = statistics.median(slow) / median["triton"]
-                rows[bucket] = min(speedup, rows.get(bucket, speedup))
-                if asked.sweep and k == asked.ks[0]:
-                    sweep(case, asked.repeats)
+    surroundings = environment(device.type) | {"copy_bytes_s": bandwidth, "product_flop_s": rate}
     settings = {name: str(value) for name, value in vars(asked).items()}
-    store(asked.out, environment("cuda"), settings, cases)
-    if asked.rows and not wrong:
-        source = dispatch.source_hash(*triton_topk.SOURCES)
-        common = {"operation": "cosine_topk", "backend": "triton", "architecture": architecture}
-        found = [
-            common | {"bucket": bucket, "source": source, "speedup": round(speedup, 3)}
-            for bucket, speedup in rows.items()
-            if speedup > 1
-        ]
-        asked.rows.write_text(json.dumps(found, indent=2) + "\n")
+    shapes = [
+        (dim, k, batch) for dim in asked.dims for k in asked.ks for batch in asked.batches
+    ]  # fmt: skip
+    planned = [bucket(asked.items, *shape) for shape in shapes]
+    rows = Rows(asked.rows, "cosine_topk", "triton", planned)
+    cases, catalog, wrong = [], None, 0
+    for (dim, k, batch), class_name in zip(shapes, planned):
+        if catalog is None or catalog.vectors.shape[1] != dim:
+            vectors = torch.randn(asked.items, dim, device=device)
+            groups = torch.randint(GROUPS, (asked.items,), device=device)
+            catalog = ops.Catalog(vectors, groups)
+            unit = torch.nn.functional.normalize(vectors, dim=1).bfloat16()
+        case = Case(catalog, batch, k)
+        shape = f"B={batch} N={asked.items} D={dim} k={k}"
+        if not case.right():
+            print(f"{shape}: not the reference's lists", flush=True)
+            rows.add(class_name, 0.0)
+            wrong += 1
+            continue
+        missed = case.uncertified()
+        times = interleaved(case.functions(unit), case.rotate, asked.repeats)
+        times |= interleaved({"reference": case.reference}, case.rotate, 3)
+        median = {name: statistics.median(seconds) for name, seconds in times.items()}
+        flops, moved = 2.0 * batch * asked.items * dim, asked.items * (2.0 * dim + 5)
+        for name, seconds in times.items():
+            done = record(
+                "cosine_topk", shape, "bf16 scan", name, seconds, flops, moved,
+                max(moved / bandwidth, flops / rate), median["torch"], median["compile+graph"],
+            )  # fmt: skip
+            print(line(done), flush=True)
+            ratios = {"x_torch_graph": median["torch+graph"] / median[name]}
+            ratios["x_reference"] = median["reference"] / median[name]
+            cases.append(done | ratios | {"bucket": class_name, "uncertified": missed})
+        print(f"  {missed:.2f} of {batch} queries not certified at first", flush=True)
+        store(asked.out, surroundings, settings, cases)  # a run that is cut off keeps what it had
+        rows.add(class_name, median["reference"] / median["triton"])
+        if asked.sweep and k == asked.ks[0]:
+            sweep(case, asked.repeats)
     return int(wrong > 0)
 
 

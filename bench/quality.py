@@ -88,7 +88,7 @@ class Probe(Recommender):
 
     def vectors(self, condition, keys):
         def sample(condition, keys, draws=1):
-            y = self.plan(condition, seed=self.seed, user_ids=keys, samples=draws)
+            y = self.head.plan(condition, seed=self.seed, user_ids=keys, samples=draws)
             return y if draws > 1 else y[None]
 
         return self.model.to_item_space(self.how(sample, condition, keys))

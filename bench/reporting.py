@@ -127,12 +127,19 @@ def environment(device: str) -> dict:
     return found
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def store(path: Path, found: dict, settings: dict, cases: Sequence[dict]) -> None:
-    """Write the environment, the settings and the records as JSON, making the folder if need be.
+    """Write the environment, the settings and the records as JSON.
 
     Where files were written says nothing about a measurement, and stays out.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in settings.items() if name not in ("out", "rows")}
     stored = {"environment": found, "settings": settings, "results": list(cases)}
-    path.write_text(json.dumps(stored, indent=2) + "\n")
+    write_whole(path, json.dumps(stored, indent=2) + "\n")

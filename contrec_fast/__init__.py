@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Config": "config",
     "ContRec": "models.contrec",
+    "Head": "engine",
     "apply_overrides": "config",
     "preset": "presets",
     "read_data": "data",

@@ -164,7 +164,7 @@ def recommend(
         Path,
         typer.Option(
             help="File to write, .csv or .parquet; one that exists is replaced once all lists are "
-            "there. - is CSV on standard output."
+            "there. An interrupted .parquet goes on where it was. - is CSV on standard output."
         ),
     ] = Path("-"),
 ):
@@ -195,6 +195,10 @@ def recommend(
             ]
             listed = [user for part in parts for user in part]
         with ProgressBars() as progress:
+            if out.suffix == ".parquet":
+                from contrec_fast.engine import write_lists
+
+                return write_lists(model, out, listed, new, k, progress=progress)
             table = model.recommend(users=listed, histories=new, k=k, progress=progress)
         write_table(table, out)
 

@@ -48,14 +48,11 @@ def require_table(path: Path) -> None:
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table to a .csv or .parquet file or, for "-", as CSV to standard output."""
+    """Write a table as CSV to a file or, for "-", to standard output."""
     csv = {"index": False, "float_format": "%.6f", "lineterminator": "\n"}
     if path == STANDARD_OUTPUT:
         table.to_csv(sys.stdout, **csv)
         sys.stdout.flush()  # a closed pipe shows here, not when the program ends
         return
     with whole_file(path) as partial:
-        if path.suffix == ".parquet":
-            table.to_parquet(partial, index=False)
-        else:
-            table.to_csv(partial, **csv)
+        table.to_csv(partial, **csv)

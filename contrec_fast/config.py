@@ -158,7 +158,8 @@ class TrainingConfig:
     item is looked for first, until it has not improved for that many epochs, and the model is
     then trained anew, on everything, for as many. train_items: item vectors learn, too, at
     item_learning_rate: their entries are near 1, and each item is seen seldom.
-    train_tokens: the tokenizer learns on. Weights of losses: 0 leaves one out.
+    train_tokens: the tokenizer learns on, by every loss whose prompts show its tokens: each
+    batch's items are encoded anew, with gradients. Weights of losses: 0 leaves one out.
     """
 
     epochs: int = 20

@@ -1,4 +1,4 @@
-// Python bindings of contrec_fast._C. The only file that includes pybind11: everything behind it
+// Python bindings of contrec_fast._C. Only bindings*.cpp include pybind11: everything behind them
 // takes raw pointers and sizes, so that one build serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,12 +10,16 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/denoise.h"
 #include "cpu/features.h"
+#include "cpu/gather.h"
 #include "cpu/philox.h"
 #include "cpu/sampler.h"
 #include "cpu/topk.h"
 
 namespace py = pybind11;
+
+void bind_cross_entropy(py::module_& module);
 
 namespace {
 
@@ -39,10 +43,11 @@ py::dict build_info() {
 
 // Addresses come as integers (`tensor.data_ptr()`); the caller checks shapes and dtypes.
 void philox_normal(std::uint64_t seed, std::uintptr_t user_ids, std::int64_t batch,
-                   std::int64_t dim, std::uint32_t column, std::uintptr_t out, int threads) {
+                   std::int64_t dim, std::uint32_t column, std::uintptr_t out, int threads,
+                   const std::string& isa) {
   py::gil_scoped_release release;
   contrec::cpu::philox_normal(seed, reinterpret_cast<const std::int64_t*>(user_ids), batch, dim,
-                              column, reinterpret_cast<float*>(out), threads);
+                              column, reinterpret_cast<float*>(out), threads, isa);
 }
 
 template <typename T>
@@ -172,16 +177,99 @@ void sample(const std::string& network, const std::vector<std::uintptr_t>& tenso
   throw std::invalid_argument("isa: not on this processor: " + isa);
 }
 
+contrec::cpu::GatherPositions gather_positions(std::uintptr_t token_ids, std::uintptr_t rows,
+                                               std::int64_t batch, std::int64_t length,
+                                               std::int64_t words, std::int64_t tokens) {
+  return {pointer<const std::int64_t>(token_ids), pointer<const std::int64_t>(rows), batch, length,
+          words, tokens};
+}
+
+void gather_tokens(std::uintptr_t token_ids, std::uintptr_t rows, std::int64_t batch,
+                   std::int64_t length, std::int64_t words, std::int64_t tokens,
+                   std::uintptr_t text_table, std::int64_t text_stride, std::uintptr_t token_table,
+                   std::int64_t token_stride, std::int64_t width, std::int64_t element_bytes,
+                   std::uintptr_t out, std::int64_t batch_stride, std::int64_t position_stride,
+                   std::uintptr_t weight, std::uintptr_t bias, std::int64_t layers,
+                   std::int64_t inner, int dtype, int threads, const char* isa) {
+  const contrec::cpu::GatherArguments arguments = {
+      gather_positions(token_ids, rows, batch, length, words, tokens),
+      pointer<const char>(text_table),
+      text_stride,
+      pointer<const char>(token_table),
+      token_stride,
+      width,
+      element_bytes,
+      pointer<char>(out),
+      batch_stride,
+      position_stride,
+      pointer<const char>(weight),
+      pointer<const char>(bias),
+      layers,
+      inner,
+      contrec::cpu::Dtype(dtype)};
+  py::gil_scoped_release release;
+  contrec::cpu::gather_tokens(arguments, threads, isa);
+}
+
+void gather_tokens_backward(std::uintptr_t token_ids, std::uintptr_t rows, std::int64_t batch,
+                            std::int64_t length, std::int64_t words, std::int64_t tokens,
+                            std::uintptr_t gradient, std::int64_t batch_stride,
+                            std::int64_t position_stride, std::int64_t width, int dtype,
+                            std::uintptr_t text_gradient, std::uintptr_t token_gradient,
+                            int threads) {
+  const contrec::cpu::GatherGradients arguments = {
+      gather_positions(token_ids, rows, batch, length, words, tokens),
+      pointer<const char>(gradient),
+      batch_stride,
+      position_stride,
+      width,
+      contrec::cpu::Dtype(dtype),
+      pointer<char>(text_gradient),
+      pointer<char>(token_gradient)};
+  py::gil_scoped_release release;
+  contrec::cpu::gather_tokens_backward(arguments, threads);
+}
+
+std::vector<std::string> gather_instruction_sets() {
+  int count;
+  const char* const* names = contrec::cpu::gather_instruction_sets(&count);
+  return {names, names + count};
+}
+
+// One of the passes of csrc/cpu/denoise.h; `tensors` are the members of its structure in order.
+template <class Tensors, void (*run)(const contrec::cpu::Batch&, const Tensors&)>
+void denoise_pass(const std::vector<std::uintptr_t>& tensors, bool bfloat16, std::int64_t rows,
+                  std::int64_t width, std::uintptr_t index, float guidance, std::uintptr_t dropped,
+                  int threads) {
+  Tensors members;
+  read_addresses(members, tensors);
+  const contrec::cpu::Batch batch{bfloat16, rows, width, pointer<const std::int64_t>(index),
+                                  guidance, pointer<const bool>(dropped), threads};
+  py::gil_scoped_release release;
+  run(batch, members);
+}
+
+template <class Tensors, void (*run)(const contrec::cpu::Batch&, const Tensors&)>
+void define_denoise_pass(py::module_& module, const char* name) {
+  module.def(name, &denoise_pass<Tensors, run>, py::arg("tensors"), py::kw_only(),
+             py::arg("bfloat16"), py::arg("rows"), py::arg("width"), py::arg("index") = 0,
+             py::arg("guidance") = 0.0f, py::arg("dropped") = 0, py::arg("threads") = 1,
+             "A pass over rows; see csrc/cpu/denoise.h.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels for the CPU";
+  bind_cross_entropy(module);
   module.def("build_info", &build_info,
              "Compiler, OpenMP, and the instruction sets of the processor this runs on.");
   module.def("philox_normal", &philox_normal, py::arg("seed"), py::arg("user_ids"),
              py::arg("batch"), py::arg("dim"), py::arg("column"), py::arg("out"),
-             py::arg("threads"),
+             py::arg("threads"), py::arg("isa") = "",
              "Write [batch, dim] float32 normals at the address `out`; see csrc/cpu/philox.h.");
+  module.def("philox_instruction_sets", &contrec::cpu::philox_instruction_sets,
+             "Values of `isa` that this processor has, best first.");
   module.def("cosine_topk", &cosine_topk, py::kw_only(), py::arg("queries"),
              py::arg("query_dtype"), py::arg("batch"), py::arg("vectors"), py::arg("vector_dtype"),
              py::arg("rows"), py::arg("dim"), py::arg("norms"), py::arg("scan"),
@@ -202,4 +290,26 @@ PYBIND11_MODULE(_C, module) {
              py::arg("noise"), py::arg("noise_entries"), py::arg("seed"), py::arg("user_ids"),
              py::arg("round_noise"), py::arg("out"), py::arg("isa"), py::arg("threads"),
              "Write [samples, batch, dim] float32 at the address `out`; see csrc/cpu/sampler.h.");
+  module.def("gather_instruction_sets", &gather_instruction_sets,
+             "Values of `isa` below that this processor has, best first.");
+  module.def("gather_tokens", &gather_tokens, py::kw_only(), py::arg("token_ids"), py::arg("rows"),
+             py::arg("batch"), py::arg("length"), py::arg("words"), py::arg("tokens"),
+             py::arg("text_table"), py::arg("text_stride"), py::arg("token_table"),
+             py::arg("token_stride"), py::arg("width"), py::arg("element_bytes"), py::arg("out"),
+             py::arg("batch_stride"), py::arg("position_stride"), py::arg("weight"),
+             py::arg("bias"), py::arg("layers"), py::arg("inner"), py::arg("dtype"),
+             py::arg("threads"), py::arg("isa"),
+             "Write [batch, length, width] at the address `out`; see csrc/cpu/gather.h.");
+  module.def("gather_tokens_backward", &gather_tokens_backward, py::kw_only(),
+             py::arg("token_ids"), py::arg("rows"), py::arg("batch"), py::arg("length"),
+             py::arg("words"), py::arg("tokens"), py::arg("gradient"), py::arg("batch_stride"),
+             py::arg("position_stride"), py::arg("width"), py::arg("dtype"),
+             py::arg("text_gradient"), py::arg("token_gradient"), py::arg("threads"),
+             "Write the gradients of both tables at their addresses; see csrc/cpu/gather.h.");
+  using namespace contrec::cpu;
+  define_denoise_pass<Hidden, hidden>(module, "denoise_hidden");
+  define_denoise_pass<Norm, norm>(module, "denoise_norm");
+  define_denoise_pass<Residual, residual>(module, "denoise_residual");
+  define_denoise_pass<SiluGradient, silu_gradient>(module, "denoise_silu_gradient");
+  define_denoise_pass<SumByIndex, sum_by_index>(module, "denoise_sum_by_index");
 }

@@ -21,6 +21,7 @@ from model_cases import (
 )
 from ops_cases import relative_error
 
+from contrec_fast import ops
 from contrec_fast.data import Items
 from contrec_fast.data.prompts import IGNORED, Window
 from contrec_fast.training import train
@@ -254,8 +255,9 @@ def test_gradients_reach_what_is_to_be_trained(train_items, train_tokens, kind):
         assert any(name.startswith(part) for name in everything)
     # What the diffusion loss is to predict does not give way to it; inputs do.
     if kind != RESIDUAL:
-        tokens = reached(losses["diffusion"])
-        assert ("tokenizer.position" in tokens) == (train_tokens == "true")
+        for loss in ("diffusion", "text"):
+            tokens = reached(losses[loss])
+            assert ("tokenizer.position" in tokens) == (train_tokens == "true")
     model.zero_grad()
     losses["ranking"].backward()
     if train_items == "true":
@@ -284,8 +286,44 @@ def test_codes_stay_and_their_embedding_learns():
     torch.testing.assert_close(model.item_tokens, expected.detach())
 
 
+@torch.no_grad()
+def test_factored_tokens_are_the_tokens():
+    model = random_model()
+    table = model.tokenizer.factored(model.item_vectors, model.text_rms / model.token_rms)
+    torch.testing.assert_close(table.whole(), model.item_tokens.flatten(0, 1))
+    batch = prompts_of(model).inference_batch([random_history(5), random_history(3)])
+    tokens = batch.items[:, None] * 2 + torch.arange(2)
+    rows = torch.where(batch.rows < 0, -1, tokens.flatten()[batch.rows])
+    words = model.backbone.get_input_embeddings().weight
+    found = ops.gather_tokens(batch.token_ids, rows, words, table)
+    torch.testing.assert_close(found, model.embed(batch))
+
+
 def test_tokens_follow_the_vectors_that_are_retrieved():
     model = trained_model()
     assert not torch.equal(model.item_vectors, model.collaborative)
     with torch.no_grad():
         torch.testing.assert_close(model.item_tokens, model.encode(model.item_vectors))
+
+
+def test_the_text_loss_alone_trains_the_tokenizer_and_lists_see_it():
+    alone = {"diffusion_weight": 0.0, "dispersive_weight": 0.0, "ranking_weight": 0.0}
+    start = train(small_shop(), small_config(epochs=0, **alone), Recorder())
+    model = train(small_shop(), small_config(epochs=1, **alone), Recorder())
+    frozen = train(
+        small_shop(), small_config(epochs=1, train_tokens=False, **alone), Recorder()
+    ).tokenizer.state_dict()
+    for name, before in start.tokenizer.state_dict().items():
+        after = model.tokenizer.state_dict()[name]
+        learns = name.startswith("encoders.") and name.endswith("weight") or name == "position"
+        assert not (learns and torch.equal(before, after)), name
+        assert torch.equal(before, frozen[name]), name
+    batch = prompts_of(model).inference_batch([random_history(5), random_history(3)])
+    continuous = batch.rows >= 0
+    with torch.no_grad():
+        read = model.embed(batch)[continuous]
+        tokens = model.encode(model.item_vectors[batch.items]).flatten(0, 1)
+    torch.testing.assert_close(read, tokens[batch.rows[continuous]])
+    assert not torch.allclose(
+        read, start.item_tokens[batch.items].flatten(0, 1)[batch.rows[continuous]]
+    )

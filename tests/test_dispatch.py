@@ -40,6 +40,12 @@ def test_auto_on_the_cpu_takes_the_extension_where_it_serves(operation):
     assert [serve(torch.ones(n)) for n in (2, 3)] == ["cpp", "reference"]
 
 
+def test_auto_on_the_cpu_passes_over_what_is_slower(operation):
+    operation("cpp", slower=lambda tensor: len(tensor) > 2)
+    assert [serve(torch.ones(n)) for n in (2, 3)] == ["cpp", "reference"]
+    assert serve(torch.ones(3), backend="cpp") == "cpp"
+
+
 def test_a_backend_that_cannot_serve_is_refused_by_name(operation):
     operation("cpp", obstacle=needs_even)
     with pytest.raises(ValueError, match="^backend: cpp cannot serve this echo: an even number"):

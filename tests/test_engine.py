@@ -17,8 +17,7 @@ from model_cases import (
 from ops_cases import refused
 
 from contrec_fast import ops
-from contrec_fast.engine import Recommender, stable_id
-from contrec_fast.engine.recommender import best_of_draws
+from contrec_fast.engine import Recommender, best_of_draws, stable_id
 
 USERS, ITEMS = 30, 60
 COLUMNS = ["user_id", "item_id", "title", "score", "rank", "matched", "text"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import interpreter_obstacle
 
 from contrec_fast.models import MLPDenoiser
 from contrec_fast.ops import plan_sampling
@@ -20,6 +21,7 @@ from contrec_fast.ops import plan_sampling
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import dispatch_table  # noqa: E402
 from torch_sampler import TorchSampler  # noqa: E402
 from torch_timing import capture, relative_error  # noqa: E402
 from torch_topk import torch_topk  # noqa: E402
@@ -44,8 +46,13 @@ cp "$STUBS/probe" "$2"
     "ncu": """
 [ "$1" = --version ] && echo 1.0 && exit 0
 echo '==PROF== Profiling'
-echo '"ID","Kernel Name","Metric Name","Metric Value"'
-echo '"0","doubled(...)","smsp__inst_executed.sum","1,234"'
+case "$*" in
+  *gpu_small.py*) while [ "$1" != "$REAL_PYTHON" ]; do shift; done; "$@" || exit
+    echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    echo '"7","mlp_hidden","gpu__time_duration.sum","ns","1,500"';;
+  *) echo '"ID","Kernel Name","Metric Name","Metric Value"'
+    echo '"0","doubled(...)","smsp__inst_executed.sum","1,234"';;
+esac
 """,
     "nsys": """
 [ "$1" = --version ] && echo 1.0 && exit 0
@@ -56,6 +63,8 @@ exit 0
     "compute-sanitizer": """
 case "$*" in
   --version) echo 1.0;;
+  *gpu_small.py*) while [ "$1" != "$REAL_PYTHON" ]; do shift; done; "$@" || exit
+    echo '========= ERROR SUMMARY: 0 errors';;
   *out_of_bounds) echo '========= Invalid __global__ write of size 4 bytes'
     echo '========= ERROR SUMMARY: 1 error';;
   *) echo '========= ERROR SUMMARY: 0 errors';;
@@ -72,13 +81,20 @@ exec "$REAL_TIMEOUT" "$kill" "$limit" "$@"
 echo "$*" >>"$STUBS/calls"
 case "$1 $2" in
   setup.py*|"-m pytest"|-c*) echo stub; exit 0;;
-  bench/torch_*) [ -n "$QUICK" ] && echo '{"case": "stub"}' && exit 0;;
+  bench/torch_*|bench/gpu_*|bench/triton_*)
+    [ -n "$QUICK" ] && echo '{"case": "stub"}' && exit 0;;
 esac
 case "$1" in
   bench/torch_rates.py) set -- "$@" --device cpu --size 65 --dim 8 --batches 1 3;;
   bench/torch_sampler.py) set -- "$@" --device cpu --dim 8 --steps 3 --batches 1 3
     export TORCHDYNAMO_DISABLE=1;;
   bench/torch_topk.py) set -- "$@" --device cpu --items 129 --dim 8 --k 5 --batches 1 3 --chunk 2;;
+  bench/gpu_*|bench/triton_*) [ -z "$INTERPRETER" ] && echo '{"case": "stub"}' && exit 0
+    export TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES=;;
+esac
+case "$1" in
+  bench/gpu_topk.py) set -- "$@" --dims 8 --batches 1 --items 129 --repeats 1;;
+  bench/gpu_sample.py) set -- "$@" --dims 8 --batches 1 --steps 1 --repeats 1 --dtypes fp32;;
 esac
 exec "$REAL_PYTHON" "$@"
 """,
@@ -89,7 +105,13 @@ PARTS = ["environment", "compile-probes"]
 PARTS += [f"probe-{name}" for name in "clusters barriers dsmem wgmma multicast".split()]
 PARTS += [f"probe-{name}" for name in "elementwise graph copy".split()]
 PARTS += ["torch-rates", "torch-sampler", "torch-topk", "build", "import-extension", "tests-gpu"]
+PARTS += ["triton-topk", "triton-sample", "triton-cooperative", "tests-cooperative"]
+PARTS += ["triton-memcheck", "triton-ncu"]
 PARTS += ["torch-sampler-compile", "tool-ncu", "tool-compute-sanitizer", "tool-nsys", "tests"]
+# What the parts of the Triton kernels write.
+MEASURED = {
+    f"{kind}-{name}.json" for kind in ("gpu", "rows") for name in ("topk", "sample", "cooperative")
+}
 
 
 @pytest.fixture
@@ -116,6 +138,7 @@ def dry_run(tmp_path):
             "REAL_TIMEOUT": shutil.which("timeout"),
             "OMP_NUM_THREADS": "1",
             "HANG": "",
+            "INTERPRETER": "" if interpreter_obstacle() else "1",
             "BROKEN": "no such source",
             "COMMIT": "from COMMIT",
         }
@@ -127,7 +150,7 @@ def dry_run(tmp_path):
             text=True,
             timeout=300,
         )
-        assert sorted(path.name for path in out.iterdir()) == ["log.txt", "results.json"]
+        assert {path.name for path in out.iterdir()} - MEASURED == {"log.txt", "results.json"}
         results = json.loads((out / "results.json").read_text())
         assert list(results["parts"]) == PARTS
         return process, results, stubs
@@ -157,9 +180,28 @@ def test_every_command_line_runs(dry_run):
         assert figures and any(figure.get("verified") for figure in figures)
     assert results["parts"]["tool-ncu"]["figures"][-1]["smsp__inst_executed.sum"] == 1234
     calls = (stubs / "calls").read_text()
-    for words in ("setup.py -q build_ext --inplace", "-m pytest -q -m gpu", "-n 8 -m not gpu"):
+    for words in ("setup.py -q build_ext --inplace", "-n 8 -m gpu -k not coop", "-n 8 -m not gpu"):
         assert words in calls
     assert f"{len(PARTS)} of {len(PARTS)} parts ok" in process.stdout
+    if interpreter_obstacle():
+        return
+    out = stubs.parent / "out"
+    assert MEASURED == {path.name for path in out.iterdir()} - {"log.txt", "results.json"}
+    for name in ("topk", "sample", "cooperative"):
+        measured = json.loads((out / f"gpu-{name}.json").read_text())["results"]
+        for case in measured:
+            assert case["percent_of_floor"] > 0 and case["x_torch"] > 0 and case["x_graph"] > 0
+            assert case["x_torch_graph"] > 0 and case["x_reference"] > 0 and case["bucket"]
+        backends = {case["backend"] for case in measured}
+        assert {"torch", "torch+graph", "compile+graph", "reference"} <= backends
+        assert ("triton cooperative-pre" in backends) == (name == "cooperative")
+        for row in json.loads((out / f"rows-{name}.json").read_text()):
+            assert dispatch_table.flaw(row) == "measured on no GPU"
+    checked = results["parts"]["triton-memcheck"]["figures"]
+    assert checked[-1] == {"case": "memcheck", "errors": 0, "exit_status": 0}
+    assert len(checked) > 9 and all(figure["verified"] for figure in checked[:-1])
+    profiled = results["parts"]["triton-ncu"]["figures"]
+    assert profiled == [{"case": "mlp_hidden", "microseconds": 1.5}]
 
 
 def test_failures_are_reported_and_the_rest_runs(dry_run):

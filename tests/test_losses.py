@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from ops_cases import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from contrec_fast.models.losses import bpr_loss, contrastive_denoising_loss, dispersive_loss
 
@@ -30,6 +33,80 @@ def test_dispersive_loss_equals_the_double_loop(count, dim, tau):
 @pytest.mark.parametrize("count", [0, 1])
 def test_dispersive_loss_of_fewer_than_two_rows_is_zero(count):
     assert float(dispersive_loss(torch.randn(count, 3), 0.5)) == 0
+
+
+def by_differences(z, tau):
+    """The loss with all differences of rows, in the dtype of z [B, dim]."""
+    row, column = torch.triu_indices(len(z), len(z), offset=1)
+    distance = (z[row] - z[column]).square().mean(-1)
+    return torch.logsumexp(-distance / tau, dim=0) - math.log(len(distance))
+
+
+def spread_rows(count, dim):
+    return torch.randn(count, dim)
+
+
+def near_duplicates(count, dim):
+    return torch.randn(dim) + 1e-3 * torch.randn(count, dim)
+
+
+def far_clusters(count, dim):
+    """Near each other in each of two clusters, and far from the mean of all."""
+    return 100 * torch.randn(2, dim)[torch.arange(count) % 2] + 1e-2 * torch.randn(count, dim)
+
+
+def repeated_rows(count, dim):
+    return torch.randn(3, dim)[torch.arange(count) % 3]
+
+
+def equal_rows(count, dim):
+    return torch.randn(dim).repeat(count, 1)
+
+
+@pytest.mark.parametrize(
+    "make", [spread_rows, near_duplicates, far_clusters, repeated_rows, equal_rows]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count, dim", [(2, 1), (3, 127), (127, 3), (129, 64)])
+def test_dispersive_loss_is_as_good_as_differences(make, dtype, count, dim):
+    """Against float64: at most twice the error of all differences in the same precision."""
+    rows, eps = make(count, dim).to(dtype), torch.finfo(dtype).eps
+
+    def results(loss, dtype):
+        z = rows.to(dtype).requires_grad_()
+        value = loss(z, 0.5)
+        return value.detach(), torch.autograd.grad(value, z)[0]
+
+    exact = results(by_differences, torch.float64)
+    plain, found = results(by_differences, dtype), results(dispersive_loss, dtype)
+    assert found[0].dtype == found[1].dtype == dtype
+    error, allowed = (abs(float(value) - float(exact[0])) for value in (found[0], plain[0]))
+    assert error <= 2 * allowed + 4 * eps * (1 + abs(float(exact[0])))
+    if exact[1].any():
+        assert (
+            relative_error(found[1], exact[1]) <= 2 * relative_error(plain[1], exact[1]) + 4 * eps
+        )
+    else:
+        assert found[1].abs().max() <= 1e-12
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that an operation gives out."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numbers = max([self.numbers, *sizes])
+        return result
+
+
+def test_dispersive_loss_holds_no_number_per_pair_and_dimension():
+    z = torch.randn(60, 40, requires_grad=True)
+    with Largest() as largest:
+        dispersive_loss(z, 0.5).backward()
+    assert largest.numbers == 60 * 60
 
 
 @pytest.mark.parametrize("sign, spreads", [(1, True), (-1, False)], ids=["ours", "released"])

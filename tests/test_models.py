@@ -288,7 +288,7 @@ def denoised_alone(head, clean, noise, condition, t):
 def test_head_losses_equal_their_formulas(prediction, monkeypatch):
     head = make_head(**HEADS[1], condition_dropout=0.3, prediction=prediction)
     condition, x0, negatives, noise = (doubles(6, 6).detach() for _ in range(4))
-    t, uniform = torch.tensor([0, 1, 5, 10, 18, 19]), torch.rand(6, 1)
+    t, uniform = torch.tensor([0, 1, 5, 10, 18, 19]), torch.rand(6)
     monkeypatch.setattr(torch, "randint", lambda *_, **__: t)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: uniform)
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
@@ -319,7 +319,7 @@ def test_a_perfect_network_has_no_loss_and_gives_x0(schedule, prediction, method
     head = make_head(**HEADS[0], **options, steps=7)
     x0 = doubles(5, 6).detach()
 
-    def perfect(denoiser, x, condition, t, guidance):
+    def perfect(denoiser, x, condition, t, guidance, drop=None):
         signal = head.alpha_bar[t][:, None]
         noise = (x - signal.sqrt() * x0) / (1 - signal).sqrt()
         return training_target(prediction, x0, noise, signal)

@@ -64,28 +64,94 @@ def test_other_operations_never_wait():
         assert ops.catalog_cross_entropy(x, x, rows[:, 0], 0.1).shape == (5,)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("draw, kind", [("path", "linear"), ("path", "adaln"), ("law", "linear")])
-def test_a_plan_as_a_graph(draw, kind):
-    plan = ops.plan_sampling(make_denoiser(kind, 24, torch.float32).cuda(), timesteps=9)
-    condition, ids = torch.randn(65, 24).cuda(), torch.arange(65).cuda()
-    seed = torch.zeros((), dtype=torch.int64).cuda()
-
-    def call():
-        return plan(condition, seed=seed, user_ids=ids, draw=draw)
-
+def captured(call):
+    """`call` as a CUDA graph: (replay, what it returns each time)."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries set themselves up before the capture
+    with torch.cuda.stream(stream):  # libraries set themselves up, kernels are compiled
         call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = call()
-    for replay in range(2):
+        outputs = call()
+    return graph.replay, outputs
+
+
+# Widths and numbers of users for which Triton's `mlp` takes its forms in turn: persistent with
+# and without the pre-activation, one launch with a barrier, a launch per layer.
+PLANS = [
+    ("reference", "path", "linear", 24, torch.float32, 65),
+    ("reference", "path", "adaln", 24, torch.float32, 65),
+    ("reference", "law", "linear", 24, torch.float32, 65),
+    ("triton", "path", "linear", 24, torch.float32, 65),
+    ("triton", "path", "adaln", 24, torch.float32, 65),
+    ("triton", "path", "separable", 24, torch.float32, 65),
+    ("triton", "law", "linear", 24, torch.float32, 65),
+    ("triton", "path", "mlp", 24, torch.bfloat16, 65),
+    ("triton", "path", "mlp", 24, torch.float32, 65),
+    pytest.param("triton", "path", "mlp", 136, torch.float32, 49, id="cooperative"),
+    ("triton", "path", "mlp", 136, torch.float32, 129),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("backend, draw, kind, dim, dtype, users", PLANS)
+def test_a_plan_as_a_graph(backend, draw, kind, dim, dtype, users, samples):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    plan = ops.plan_sampling(make_denoiser(kind, dim, dtype).cuda(), timesteps=9)
+    condition = torch.randn(users, dim, device="cuda").to(dtype)
+    ids = torch.arange(users, device="cuda")
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def call():
+        return plan(condition, seed, ids, samples, draw=draw, backend=backend)
+
+    replay, output = captured(call)
+    assert ops.last_backend("sample") == backend
+    for value in (1, -2):
         condition.normal_()
         ids += 100
-        seed.fill_(replay + 1)
+        seed.fill_(value)
         output.fill_(torch.nan)
-        graph.replay()
+        replay()
         torch.testing.assert_close(output, call())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 33, 129])
+def test_a_search_as_a_graph(batch):
+    """Replays with other queries, matched groups and users; certified lists are the reference's."""
+    topk = pytest.importorskip("contrec_kernels.topk")
+    count, dim, k, pi = 50_001, 40, 9, 0.1
+    groups = torch.randint(-1, 6, (count,), device="cuda")
+    catalog = ops.Catalog(torch.randn(count, dim, device="cuda"), groups)
+    lists = [torch.randint(count, (n,)).tolist() for n in torch.randint(60, (batch + 5,))]
+    seen, users = ops.SeenLists.from_lists(lists, "cuda"), torch.arange(batch, device="cuda")
+    queries = torch.randn(batch, dim, device="cuda")
+    matched = torch.rand(batch, 6, device="cuda") < 0.4
+
+    def search():
+        return topk.search(
+            queries, catalog.vectors, catalog.norms, catalog.scan, catalog.errors, catalog.groups,
+            catalog.eligible, k, matched, pi, seen.offsets, seen.ids, users,
+        )  # fmt: skip
+
+    replay, (scores, ids, certified) = captured(search)
+    sure = 0
+    for _ in range(3):
+        queries.normal_()
+        matched.logical_not_()
+        users += 1
+        scores.fill_(torch.nan)
+        ids.fill_(-7)
+        certified.fill_(False)
+        replay()
+        expected = ops.cosine_topk(
+            queries, catalog, k, matched, pi, seen, users, backend="reference"
+        )  # fmt: skip
+        assert torch.equal(scores[certified], expected[0][certified])
+        assert torch.equal(ids[certified], expected[1][certified])
+        sure += int(certified.sum())
+    assert sure > 0.9 * 3 * batch

@@ -5,7 +5,7 @@ import torch
 from ops_cases import KINDS, make_denoiser, refused
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from contrec_fast import ops
+from contrec_fast import native, ops
 
 FAST = ["eager", "aot_eager"]  # compilers without code generation, which takes long on a CPU
 
@@ -42,11 +42,21 @@ def loss_case():
     return loss, (torch.randn(4, 6), torch.randn(9, 6), torch.tensor([0, 8, 3, 3]))
 
 
-def denoise_case(kind):
+def seen_loss_case():
+    seen = ops.SeenLists.from_lists([[1, 2], [3]])
+
+    def loss(queries, vectors, targets, seen_rows):
+        options = {"label_smoothing": 0.1, "seen": seen, "seen_rows": seen_rows}
+        return ops.catalog_cross_entropy(queries, vectors, targets, 0.3, "dot", **options)
+
+    return loss, (*loss_case()[1], torch.tensor([1, -1, 0, 1]))
+
+
+def denoise_case(kind, drop=None):
     denoiser = make_denoiser(kind, 6, torch.float32)
 
     def denoise(x, condition, t):
-        return ops.denoise(denoiser, x, condition, t, guidance=1.5)
+        return ops.denoise(denoiser, x, condition, t, 1.5, drop)
 
     return denoise, (torch.randn(4, 6), torch.randn(4, 6), torch.arange(4))
 
@@ -61,11 +71,23 @@ def sample_case(kind, settings=None, **options):
     return sample, (torch.randn(4, 6), torch.tensor(5), torch.tensor([7, -1, 2**40, 3]))
 
 
+def factored_case():
+    (ids, rows, text, _), weight = gather_case()[1], torch.randn(2, 5, 7)
+
+    def gather(ids, rows, text, hidden, weight, bias):
+        return ops.gather_tokens(ids, rows, text, ops.FactoredTable(hidden, weight, bias))
+
+    return gather, (ids, rows, text, torch.randn(4, 7), weight, torch.randn(2, 5))
+
+
 CASES = {
     "gather_tokens": gather_case,
+    "gather_tokens-factored": factored_case,
     "cosine_topk": topk_case,
     "catalog_cross_entropy": loss_case,
+    "catalog_cross_entropy-seen": seen_loss_case,
     **{f"denoise-{kind}": lambda kind=kind: denoise_case(kind) for kind in KINDS},
+    "denoise-drop": lambda: denoise_case("mlp", torch.tensor([True, False, True, False])),
     **{f"sample-{kind}": lambda kind=kind: sample_case(kind) for kind in KINDS},
     "sample-several": lambda: sample_case("mlp", samples=3),
     "sample-multistep": lambda: sample_case("mlp", {"method": "dpm++", "prediction": "v"}),
@@ -77,7 +99,7 @@ def check_case(name, compiler, **options):
     expected = function(*arguments)
     result = compiled(function, compiler, **options)(*arguments)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-    if name in ("gather_tokens", "cosine_topk"):  # bitwise, whoever calls
+    if name.startswith(("gather_tokens", "cosine_topk")):  # bitwise, whoever calls
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
@@ -121,7 +143,10 @@ def gradients(function, arguments):
     return [a.grad for a in inputs if a.requires_grad]
 
 
-@pytest.mark.parametrize("name", ["gather_tokens", "catalog_cross_entropy", "denoise-adaln"])
+@pytest.mark.parametrize(
+    "name",
+    ["gather_tokens", "gather_tokens-factored", "catalog_cross_entropy", "denoise-adaln"],
+)
 def test_compiled_gradients(name):
     function, arguments = CASES[name]()
     found = gradients(compiled(function), arguments)
@@ -163,6 +188,34 @@ def test_compiled_gather_writes_to_out():
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+@pytest.mark.parametrize("case", [gather_case, factored_case])
+def test_operators_of_gather(case):
+    arguments = case()[1]
+    tables = [
+        part.requires_grad_() for part in (*arguments[2:], None, None)[:4] if part is not None
+    ]
+    given = (*arguments[:2], *tables, *[None] * (4 - len(tables)))
+    torch.library.opcheck(
+        torch.ops.contrec.gather_tokens.default,
+        (*given, "auto"),
+        test_utils=(*CHECKS, "test_autograd_registration"),
+    )
+    with torch.no_grad():
+        expected = torch.ops.contrec.gather_tokens(*given, "auto")
+        out = torch.full_like(expected, torch.nan)
+        torch.ops.contrec.gather_tokens_out(*given, out, "auto")
+    assert torch.equal(out, expected)
+    detached = [part if part is None else part.detach() for part in given]
+    operator = torch.ops.contrec.gather_tokens_out.default
+    torch.library.opcheck(operator, (*detached, out, "auto"), test_utils=CHECKS[:2])
+    for wanted in [(True, True), (False, True), (True, False)]:
+        torch.library.opcheck(
+            torch.ops.contrec.gather_tokens_backward.default,
+            (torch.randn_like(out), *arguments[:2], 9, 4, *wanted, "auto"),
+            test_utils=CHECKS,
+        )
+
+
 def test_operator_of_topk():
     queries, catalog = torch.randn(3, 8), ops.Catalog(torch.randn(50, 8), torch.arange(50) % 3)
     seen = ops.SeenLists.from_lists([[1, 2], [3]])
@@ -191,21 +244,18 @@ def test_operator_of_sample(kind):
         torch.library.opcheck(torch.ops.contrec.sample.default, arguments, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("name", ["gather_tokens", "catalog_cross_entropy", "denoise"])
+@pytest.mark.parametrize("name", ["catalog_cross_entropy", "denoise"])
 def test_operators_made_of_others(name):
     """Composite operators: called directly they equal the function."""
     operator = getattr(torch.ops.contrec, name)
-    if name == "gather_tokens":
-        function, arguments = gather_case()
-        result = operator(*arguments, "auto")
-    elif name == "catalog_cross_entropy":
+    if name == "catalog_cross_entropy":
         function, arguments = loss_case()
-        result = operator(*arguments, 0.3, "cosine", "auto")
+        result = operator(*arguments, 0.3, "cosine", 0.0, None, None, None, "auto")
     else:
         denoiser = make_denoiser("adaln", 6, torch.float32)
         x, t = torch.randn(4, 6), torch.arange(4)
         description = ops.plan_sampling(denoiser).description
-        result = operator(x, x, t, list(denoiser.parameters()), description, 1.5, "auto")
+        result = operator(x, x, t, list(denoiser.parameters()), description, 1.5, None, "auto")
         function, arguments = ops.denoise, (denoiser, x, x, t, 1.5)
     assert torch.equal(result, function(*arguments))
 
@@ -222,7 +272,9 @@ def test_backends_and_who_served():
         function, arguments = CASES[name]()
         function(*arguments)
         assert ops.last_backend(name.split("-")[0]) in available[name.split("-")[0]]
-    for backend in available["gather_tokens"]:
+    for backend in {"reference", "cpp"} & set(available["gather_tokens"]):
+        if backend == "cpp" and native.build_info() is None:
+            continue
         ops.gather_tokens(*gather_case()[1], backend=backend)
         assert ops.last_backend("gather_tokens") == backend
     assert ops.last_backend("no such operation") is None
@@ -244,4 +296,4 @@ def test_an_unknown_backend_lists_the_known():
     listed = ", ".join(["auto", *ops.backends()["gather_tokens"]])
     assert str(caught.value) == f"backend: gather_tokens has {listed}, got 'fastest'"
     with refused(ValueError, "backend"):
-        torch.ops.contrec.gather_tokens(*gather_case()[1], "fastest")
+        torch.ops.contrec.gather_tokens(*gather_case()[1], None, None, "fastest")

@@ -16,6 +16,8 @@ CASES = [
     "sample mlp D=512 B=32 bf16",
     "sample mlp dpm++ D=512 B=2048 bf16",
     "sample separable W=1024 D=512 B=2048 bf16",
+    "denoise mlp D=512 B=4096 w=2",
+    "denoise separable W=1024 D=512 B=2048 bf16",
 ]
 
 
@@ -38,6 +40,7 @@ def test_no_spills_and_enough_shared_memory(run_python, tmp_path):
     for row in rows:
         assert not row["faults"], row
     tiled = {"affine", "mlp_hidden", "mlp_preactivation", "update", "adaln_residual"}
+    tiled |= {"hidden", "expand", "expand_gradient", "residual"}
     for row in rows:
         if row["kernel"] in tiled | {"mlp_persistent"}:
             assert {"HMMA", "HGMMA"} & set(row["instructions"]), f"no tensor cores: {row}"

@@ -96,7 +96,9 @@ def test_other_predictions(kernel_device, kind, options, method, prediction):
     )
 
 
-@pytest.mark.parametrize("kind, options", [("linear", {}), *MLP_FORMS[2:]])
+@pytest.mark.parametrize(
+    "kind, options", [("linear", {}), *MLP_FORMS[2:]], ids=["linear", *FORMS[2:]]
+)
 @pytest.mark.parametrize("batch, dim", [(17, 150), (131, 40)])
 def test_several_tiles(kernel_device, kind, options, batch, dim):
     """More rows, columns and inner columns than a tile has, none of them a whole number of it."""
@@ -149,7 +151,7 @@ def test_modulations_in_chunks(kernel_device):
         assert torch.equal(call(plan, condition, chunk_bytes=size), whole)
 
 
-def test_pre_activations_in_chunks(kernel_device, monkeypatch):
+def test_cooperative_launches_in_chunks(kernel_device, monkeypatch):
     """One launch for all steps, launches of two, a launch per step: the same bits."""
     plan = ops.plan_sampling(make_denoiser("mlp", 16, torch.float32), timesteps=9, steps=6)
     plan, condition = plan.to(kernel_device), torch.randn(3, 16)

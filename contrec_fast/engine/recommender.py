@@ -1,6 +1,5 @@
 """From users' histories to top-K lists, batch by batch."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from contrec_fast import ops
 from contrec_fast.data.interactions import Dataset
-from contrec_fast.data.prompts import CategoryMatcher, Prompts
+from contrec_fast.data.prompts import Prompts
+from contrec_fast.engine.head import Head, stable_id
 from contrec_fast.engine.reader import Reader
 from contrec_fast.models.contrec import ContRec
 
@@ -53,19 +52,11 @@ class Recommender:
             dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
         )
         self.reader = Reader(model, self.prompts)
-        self.matcher = CategoryMatcher(dataset.items.categories)
-        device = model.item_vectors.device
-        self.catalog = ops.Catalog(model.item_vectors.detach(), self.matcher.groups.to(device))
-        self.seen = None
-        if config.retrieval.filter_seen:
-            self.seen = ops.SeenLists.from_lists(dataset.histories, device)
-        self.keys = torch.tensor([stable_id(user) for user in dataset.user_ids], device=device)
-        head, self.plan = config.head, None
-        if head.diffusion:
-            self.plan = ops.plan_sampling(
-                model.head.denoiser, head.schedule, head.timesteps, head.method, head.steps,
-                head.guidance, head.prediction,
-            )  # fmt: skip
+        self.head = Head.of(model, dataset, seed)
+        self.matcher, self.catalog, self.seen = self.head.matcher, self.head.catalog, self.head.seen
+        self.keys = torch.tensor(
+            [stable_id(user) for user in dataset.user_ids], device=model.item_vectors.device
+        )
 
     def recommend(
         self, rows: Sequence[int], k: int, batch_size: int = BATCH, advance=None
@@ -79,14 +70,9 @@ class Recommender:
             ValueError: no rows, a row that no user has, or k not in 1..N, in one line.
             TypeError: k is no whole number.
         """
-        if not isinstance(k, Integral):
-            raise TypeError(f"k: expected a whole number, got {k!r}")
+        rows = np.asarray(rows)
+        self.check(rows, k)  # before the language model has read anything
         k = int(k)
-        rows, users, items = np.asarray(rows), len(self.dataset.histories), len(self.catalog)
-        if not 1 <= k <= items:  # before the language model has read anything
-            raise ValueError(f"k: expected 1 to the catalog's {items} items, got {k}")
-        if not len(rows) or rows.min() < 0 or rows.max() >= users:
-            raise ValueError(f"rows: expected user rows from 0 to {users - 1}, got {rows}")
         order = np.argsort([len(self.dataset.histories[row]) for row in rows], kind="stable")
         parts = []
         for start in range(0, len(rows), batch_size):
@@ -98,20 +84,23 @@ class Recommender:
         texts = [text for part in parts for text in part[3]]
         return Recommendations(*columns, [texts[i] for i in back])
 
+    def check(self, rows: np.ndarray, k: int) -> None:
+        """Raise what `recommend` does for such arguments."""
+        if not isinstance(k, Integral):
+            raise TypeError(f"k: expected a whole number, got {k!r}")
+        users, items = len(self.dataset.histories), len(self.catalog)
+        if not 1 <= k <= items:
+            raise ValueError(f"k: expected 1 to the catalog's {items} items, got {k}")
+        if not len(rows) or rows.min() < 0 or rows.max() >= users:
+            raise ValueError(f"rows: expected user rows from 0 to {users - 1}, got {rows}")
+
     @torch.inference_mode()
     def _batch(self, rows: np.ndarray, k: int):
-        device, retrieval = self.model.item_vectors.device, self.model.config.retrieval
+        device = self.model.item_vectors.device
         vectors, texts = self.sample(rows)
         user = torch.from_numpy(rows).to(device)
         matched = self.matcher.match(texts).to(device)
-        draws = len(vectors)
-        scores, ids = ops.cosine_topk(
-            vectors.flatten(0, 1), self.catalog, k, matched.repeat(draws, 1), retrieval.bonus,
-            self.seen, None if self.seen is None else user.repeat(draws),
-        )  # fmt: skip
-        if draws > 1:
-            shape = (draws, len(rows), k)
-            scores, ids = best_of_draws(scores.reshape(shape), ids.reshape(shape))
+        scores, ids = self.head.search(vectors, k, matched, None if self.seen is None else user)
         group = self.catalog.groups[ids.clamp(min=0)].long()
         named = matched.gather(1, group.clamp(min=0)) & (group >= 0) & (ids >= 0)
         return ids.cpu().numpy(), scores.cpu().numpy(), named.cpu().numpy(), texts
@@ -129,64 +118,26 @@ class Recommender:
 
     def vectors(self, condition: Tensor, keys: Tensor) -> Tensor:
         """Conditions [B, D] and noise keys [B] to item-space vectors [S, B, D]."""
-        draws, y = self.model.config.retrieval.draws, condition
-        if self.plan is not None:
-            y = self.plan(condition, seed=self.seed, user_ids=keys, samples=draws)
-        return self.model.to_item_space(y if y.dim() == 3 else y[None])
+        return self.head.vectors(condition, keys)
 
 
-def best_of_draws(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Top-K lists of several draws to the top K by each item's best score.
-
-    Exact: an item among the best K overall is among the best K of the draw it scores best in.
-
-    Args:
-        scores: [S, B, k] float32. ids: [S, B, k] int64, -1 (score -inf) where a list is over.
-
-    Returns:
-        scores [B, k] and ids [B, k]; ties go to the lower id.
-    """
-    k = scores.shape[2]
-    scores, ids = (lists.movedim(0, 1).flatten(1) for lists in (scores, ids))
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, ids.gather(1, order).argsort(dim=1, stable=True))
-    scores, ids = scores.gather(1, order), ids.gather(1, order)  # by id, its best score first
-    again = torch.zeros_like(ids, dtype=torch.bool)
-    again[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    scores = scores.masked_fill(again, -torch.inf)
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    scores, ids = scores.gather(1, order), ids.gather(1, order)
-    return scores, ids.masked_fill(scores == -torch.inf, -1)
-
-
-def recommend(
+def served_dataset(
     model: ContRec,
     users: Sequence[str] | None = None,
     histories: Mapping[str, Sequence[str]] | None = None,
-    k: int = 10,
-    progress=None,
-) -> pd.DataFrame:
-    """Top-K lists of known users (all of them by default) or of new ones with a history.
+) -> Dataset:
+    """The users to serve, as `recommend` takes them, and what to read of each.
 
     Serving is not evaluation: a known user's held-out item is the last that the user chose, so it
     ends the history that is read and is left out like the rest of it. (`Recommender` on the
     model's dataset is what evaluation runs.) What `data.holdout=validation` leaves out is not
     among the data; such a run is for choosing settings.
 
-    Args:
-        users: original ids of users that the model was trained with. histories: instead, the
-        original item ids that each new user chose, oldest first. k: items per user.
-        progress: shows long work (`progress.ProgressBars`).
-
-    Returns:
-        Columns user_id, item_id, title, score (float), rank (from 1), matched (the item's
-        category is named by the text) and text; a user's rows together, best first.
-
     Raises:
-        ValueError: an unknown user or item, an empty history, k not in 1..N, or a model without
-        a catalog, in one line.
-        TypeError: ids that are no strings, no list where several belong, `histories` that name
-        no users, or k that is no whole number.
+        ValueError: an unknown user or item, an empty history, no users, or a model without a
+        catalog, in one line.
+        TypeError: ids that are no strings, no list where several belong, or `histories` that name
+        no users.
     """
     if model.dataset is None:
         raise ValueError("model: expected one with a dataset, which names users and items")
@@ -203,25 +154,53 @@ def recommend(
             raise ValueError(f"users: expected users of the training data, got {unknown[0]!r}")
         chosen = dict.fromkeys(users)
         dataset = dataset.of_users(np.array([row_of[user] for user in chosen], dtype=np.int64))
-    count = len(dataset.user_ids)
-    if not count:
+    if not dataset.user_ids:
         name = "users" if histories is None else "histories"
         raise ValueError(f"{name}: expected at least one user, got none")
-    dataset = dataset.complete()
-    recommender = Recommender(model, dataset)
-    advance = progress.stage("Users", math.ceil(count / BATCH), "batches") if progress else None
-    lists = recommender.recommend(np.arange(count), k, advance=advance)
-    row, rank = np.nonzero(lists.ids >= 0)
-    items = lists.ids[row, rank]
-    names = dataset.items
+    return dataset.complete()
+
+
+def recommend(
+    model: ContRec,
+    users: Sequence[str] | None = None,
+    histories: Mapping[str, Sequence[str]] | None = None,
+    k: int = 10,
+    progress=None,
+) -> pd.DataFrame:
+    """Top-K lists of known users (all of them by default) or of new ones with a history.
+
+    Args:
+        users: original ids of users that the model was trained with. histories: instead, the
+        original item ids that each new user chose, oldest first. k: items per user.
+        progress: shows long work (`progress.ProgressBars`).
+
+    Returns:
+        Columns user_id, item_id, title, score (float), rank (from 1), matched (the item's
+        category is named by the text) and text; a user's rows together, best first.
+
+    Raises:
+        ValueError, TypeError: as `served_dataset`, and for k not in 1..N.
+    """
+    dataset = served_dataset(model, users, histories)
+    rows = np.arange(len(dataset.user_ids))
+    advance = None
+    if progress:
+        advance = progress.stage("Users", math.ceil(len(rows) / BATCH), "batches")
+    return table_of(dataset, rows, Recommender(model, dataset).recommend(rows, k, advance=advance))
+
+
+def table_of(dataset: Dataset, rows: np.ndarray, lists: Recommendations) -> pd.DataFrame:
+    """The lists of some user rows as `recommend` returns them."""
+    place, rank = np.nonzero(lists.ids >= 0)
+    items, names = lists.ids[place, rank], dataset.items
     return pd.DataFrame({
-        "user_id": [dataset.user_ids[i] for i in row],
+        "user_id": [dataset.user_ids[rows[i]] for i in place],
         "item_id": [names.ids[i] for i in items],
         "title": [names.titles[i] for i in items],
-        "score": lists.scores[row, rank],
+        "score": lists.scores[place, rank],
         "rank": rank + 1,
-        "matched": lists.matched[row, rank],
-        "text": [lists.texts[i] for i in row],
+        "matched": lists.matched[place, rank],
+        "text": [lists.texts[i] for i in place],
     })  # fmt: skip
 
 
@@ -253,9 +232,3 @@ def _ids(expected: str, ids) -> list[str]:
         if not isinstance(other, str):
             raise TypeError(f"{expected} a list of strings, got one with {other!r}")
     return ids
-
-
-def stable_id(user_id: str) -> int:
-    """A user's 64-bit noise key, made from the original id (signed, for int64 tensors)."""
-    digest = hashlib.blake2b(user_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

@@ -68,6 +68,31 @@ def make_tiny_backbone(texts: Iterable[str], config: BackboneConfig):
     return model, tokenizer
 
 
+def load_language_model(path: str | Path):
+    """Load the model of a causal LM folder, in float32.
+
+    Raises:
+        ValueError: not the folder of a causal LM with all of its weights.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path}: expected a Hugging Face model folder, found no config.json")
+    # Whatever a checkpoint was stored in: small updates vanish in 16-bit weights.
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, found = _read(path, AutoModelForCausalLM, **options)
+    if found["missing_keys"]:  # which would be made up
+        missing = min(found["missing_keys"])
+        raise ValueError(f"{path}: expected all weights of a causal LM, found no {missing}")
+    return model
+
+
+def _read(path: str | Path, kind: type, **options):
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as error:  # of any kind: a folder holds many formats
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected a causal language model, got: {reason}") from None
+
+
 def load_backbone(path: str | Path):
     """Load a causal LM folder and make sure it knows `<diff>` and `</diff>`.
 
@@ -78,20 +103,7 @@ def load_backbone(path: str | Path):
         ValueError: not the folder of a causal LM with all of its weights, or its tokenizer cannot
         end a text.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path}: expected a Hugging Face model folder, found no config.json")
-    try:
-        # Whatever a checkpoint was stored in: small updates vanish in 16-bit weights.
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of any kind: a folder holds many formats
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: expected a causal language model, got: {reason}") from None
-    if found["missing_keys"]:  # which would be made up
-        missing = min(found["missing_keys"])
-        raise ValueError(f"{path}: expected all weights of a causal LM, found no {missing}")
+    model, tokenizer = load_language_model(path), _read(path, AutoTokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{path}: expected a tokenizer with an end-of-text token, found none")
     if tokenizer.pad_token_id is None:

@@ -94,7 +94,7 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
         or an item with neither text nor interactions, in one line.
         TypeError: `frame` or `interactions` is no DataFrame.
     """
-    from contrec_fast.engine.recommender import Recommender, stable_id
+    from contrec_fast.engine import Recommender, stable_id
 
     dataset = model.dataset
     if dataset is None:

@@ -9,19 +9,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contrec_fast import ops
-from contrec_fast.config import Config, load_config, save_config
+from contrec_fast.config import Config, save_config
 from contrec_fast.data import Dataset, load_dataset, save_dataset
 from contrec_fast.data.files import require_free, whole_folder
 from contrec_fast.data.prompts import IGNORED, PromptBatch
 from contrec_fast.models.backbone import load_backbone
-from contrec_fast.models.condition import ConditionEncoder
-from contrec_fast.models.diffusion import DiffusionHead
+from contrec_fast.models.latent import LatentPath, make_tokenizer, saved_config
 from contrec_fast.models.losses import bpr_loss
 from contrec_fast.models.quantizer import ResidualQuantizer
 from contrec_fast.models.tokenizer import SigmaVAE
 
 
-class ContRec(nn.Module):
+class ContRec(LatentPath):
     """Continuous-token recommender (arXiv 2504.12007).
 
     Args:
@@ -47,7 +46,7 @@ class ContRec(nn.Module):
         dataset: Dataset | None = None,
     ):
         super().__init__()
-        head, training = config.head, config.training
+        training = config.training
         self.config, self.backbone, self.text_tokenizer = config, backbone, text_tokenizer
         self.dataset = dataset
         self.tokenizer = tokenizer.requires_grad_(training.train_tokens).eval()
@@ -63,13 +62,7 @@ class ContRec(nn.Module):
         self.register_buffer("text_rms", torch.ones(()))
         self.register_buffer("text_map", torch.zeros(width + 1, dim))
         self.dropout = nn.Dropout(training.dropout)
-        head_dim = dim if head.space == "item" else config.tokenizer.tokens * width
-        if head.source == "response":
-            self.condition = ConditionEncoder(width, head_dim, config.prompt.response_tokens)
-        else:
-            self.condition = nn.Linear(width, head_dim)
-            self.bag = nn.Linear(dim, head_dim, bias=False) if head.bag else None
-        self.head = DiffusionHead(head_dim, head)
+        self.add_head(width)
 
     def train(self, mode: bool = True) -> "ContRec":
         """As usual, but the tokenizer stays in evaluation mode: its statistics are settled."""
@@ -113,12 +106,8 @@ class ContRec(nn.Module):
             of that and the items shown up to each.
         """
         vectors = self.item_vectors
-        before = F.embedding_bag(
-            batch.older, vectors, batch.older_offsets, mode="sum",
-            per_sample_weights=self.dropout(vectors.new_ones(len(batch.older))),
-        )  # fmt: skip
-        total = torch.full_like(batch.older_offsets, len(batch.older))
-        number = torch.cat([batch.older_offsets[1:], total[:1]]) - batch.older_offsets
+        kept = self.dropout(vectors.new_ones(len(batch.older)))
+        before, number = self.sums(batch.older, batch.older_offsets, kept)
         kept = self.dropout((batch.shown >= 0).to(vectors.dtype))
         shown = F.embedding(batch.shown.clamp(min=0), vectors) * kept[..., None]
         steps = torch.arange(1, shown.shape[1] + 1, device=shown.device)
@@ -163,24 +152,16 @@ class ContRec(nn.Module):
 
     def conditions(self, hidden: Tensor, batch: PromptBatch) -> Tensor:
         """Conditions [P, D] from the hidden states [B, L, H] where the batch reads them."""
-        condition = self.condition(self.dropout(hidden[batch.read_row, batch.read_column]))
-        if self.bag is None:
-            return condition
-        bags = self.summaries(batch)[1][batch.read_row, batch.read_item]
-        return condition + self.bag(bags)
+        hidden, bags = self.dropout(hidden[batch.read_row, batch.read_column]), None
+        if self.bag is not None:
+            bags = self.summaries(batch)[1][batch.read_row, batch.read_item]
+        return self.project(hidden, bags)
 
     def response_conditions(self, answers: Tensor) -> Tensor:
         """Conditions [B, D] from the token ids [B, S] of responses, padded with -1."""
         answers = answers[:, : self.config.prompt.response_tokens]
         states = self.backbone.get_input_embeddings()(answers.clamp(min=0))
         return self.condition(self.dropout(states), answers >= 0)
-
-    def to_item_space(self, y: Tensor) -> Tensor:
-        """What the head sampled, [..., D of the head], to vectors [..., D] of item space."""
-        if self.config.head.space == "item":
-            return y
-        codes = (y * self.token_rms).flatten(0, -2).unflatten(1, (self.config.tokenizer.tokens, -1))
-        return self.tokenizer.decode(codes).unflatten(0, y.shape[:-1])
 
     @torch.no_grad()
     def targets(self, items: Tensor) -> Tensor:
@@ -321,12 +302,7 @@ class ContRec(nn.Module):
             ValueError: a file is missing or does not fit, in one line that names it.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise ValueError(f"{path}: expected the folder of a trained model, found none")
-        for name in ("config.yaml", "model.safetensors", "backbone"):
-            if not (path / name).exists():
-                raise ValueError(f"{path}: expected a trained model, found no {name}")
-        config = load_config(path / "config.yaml")
+        config = saved_config(path, "backbone")
         dataset = load_dataset(path / "data") if (path / "data").exists() else None
         backbone, text_tokenizer = load_backbone(path / "backbone")
         try:
@@ -344,14 +320,6 @@ class ContRec(nn.Module):
                 f"{path / 'data'}: expected {len(vectors)} items, got {len(dataset.items)}"
             )
         return model.eval()
-
-
-def make_tokenizer(config: Config, dim: int, width: int) -> SigmaVAE | ResidualQuantizer:
-    """An untrained tokenizer of the configured kind, D to K tokens of the backbone's width."""
-    c = config.tokenizer
-    if c.kind == "residual-quantizer":
-        return ResidualQuantizer(dim, width, c.tokens, c.codes)
-    return SigmaVAE(dim, width, c.tokens, c.sigma, c.mask_ratio, c.dropout)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -67,13 +67,12 @@ class DiffusionHead(nn.Module):
         t = torch.randint(self.config.timesteps, (len(x0),), device=x0.device)
         signal = self.alpha_bar[t].to(x0.dtype)[:, None]
         noise = torch.randn_like(x0)
-        dropped = torch.rand(len(x0), 1, device=x0.device) < self.config.condition_dropout
-        conditioned = torch.where(dropped, self.denoiser.null_condition, condition)
+        drop = torch.rand(len(x0), device=x0.device) < self.config.condition_dropout
 
         def errors(clean: Tensor) -> tuple[Tensor, Tensor]:
             """Squared error [P] and the predicted x0 [P, D] for some clean vectors."""
             noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-            output = ops.denoise(self.denoiser, noisy, conditioned, t, guidance=0.0)
+            output = ops.denoise(self.denoiser, noisy, condition, t, 0.0, drop)
             target = training_target(self.config.prediction, clean, noise, signal)
             error = (output - target).square().mean(-1)
             return error, to_x0(self.config.prediction, output, noisy, signal)

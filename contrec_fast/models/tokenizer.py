@@ -5,9 +5,14 @@ keep it from collapsing: a masked input, K codes whose mean is decoded, and a va
 drawn instead of learned.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
+
+from contrec_fast.ops.gather import FactoredTable
 
 
 def _perceptron(sizes: list[int], dropout: float) -> nn.Sequential:
@@ -44,6 +49,16 @@ class SigmaVAE(nn.Module):
         codes = [encoder(x + p) for encoder, p in zip(self.encoders, self.position)]
         return torch.stack(codes, dim=1)
 
+    def factored(self, x: Tensor, scale: Tensor | float = 1.0) -> FactoredTable:
+        """`scale * encode(x)` of vectors [N, D] as a table of N K rows, row `item * K + k`."""
+        hidden = [encoder[:-1](x + p) for encoder, p in zip(self.encoders, self.position)]
+        last = [encoder[-1] for encoder in self.encoders]
+        return FactoredTable(
+            torch.stack(hidden, dim=1).flatten(0, 1),
+            torch.stack([layer.weight for layer in last]) * scale,
+            torch.stack([layer.bias for layer in last]) * scale,
+        )
+
     def decode(self, z: Tensor) -> Tensor:
         """Tokens [N, K, H] to vectors [N, D]."""
         return self.decoder(z.mean(1))
@@ -64,6 +79,27 @@ class SigmaVAE(nn.Module):
             "mean": mu.square().mean(),
             "redundancy": _redundancy(mu),
         }
+
+
+def fold_batch_norms(tokenizer: SigmaVAE) -> SigmaVAE:
+    """A copy for inference: each BatchNorm becomes a part of the linear layer before it.
+
+    `encode` and `decode` are, up to rounding, what they are in eval mode; there is no dropout left.
+    """
+    folded = copy.deepcopy(tokenizer).eval()
+    folded.encoders = nn.ModuleList(map(_folded, folded.encoders))
+    folded.decoder = _folded(folded.decoder)
+    return folded
+
+
+def _folded(layers: nn.Sequential) -> nn.Sequential:
+    kept = []
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm1d):
+            kept[-1] = fuse_linear_bn_eval(kept[-1], layer)
+        elif not isinstance(layer, nn.Dropout):
+            kept.append(layer)
+    return nn.Sequential(*kept)
 
 
 def _redundancy(codes: Tensor) -> Tensor:

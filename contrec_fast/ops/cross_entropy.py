@@ -4,32 +4,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrec_fast.ops.checks import FLOATS, check
+import contrec_fast.ops.cross_entropy_cpp  # noqa: F401, registers itself
+import contrec_fast.ops.triton_cross_entropy  # noqa: F401, likewise
+from contrec_fast.ops.catalog import SeenLists
+from contrec_fast.ops.checks import FLOATS, INTEGERS, check
 from contrec_fast.ops.dispatch import implements, resolve
 
 NO_INDEX = torch.iinfo(torch.int64).min
 
 
+@torch.library.custom_op("contrec::left_out", mutates_args=())
+def left_out(
+    targets: Tensor, seen_offsets: Tensor, seen_ids: Tensor, seen_rows: Tensor, count: int
+) -> Tensor:
+    """[B, count] bool: items of a query's seen list, but not its own target."""
+    rows = seen_rows.long()
+    start = seen_offsets[rows.clamp(min=0)]
+    length = seen_offsets[(rows + 1).clamp(min=0)] - start  # 0 where the row is -1
+    query = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
+    within = torch.arange(len(query), device=rows.device)
+    first = torch.repeat_interleave(start - (length.cumsum(0) - length), length)
+    found = torch.zeros((len(rows), count), dtype=torch.bool, device=rows.device)
+    found[query, seen_ids[first + within]] = True
+    found[torch.arange(len(rows), device=rows.device), targets] = False
+    return found
+
+
+@left_out.register_fake
+def _(targets, seen_offsets, seen_ids, seen_rows, count):
+    return targets.new_empty((len(targets), count), dtype=torch.bool)
+
+
 @implements("catalog_cross_entropy")
 def _catalog_cross_entropy(
-    queries: Tensor, vectors: Tensor, targets: Tensor, temperature: float, similarity: str
+    queries: Tensor,
+    vectors: Tensor,
+    targets: Tensor,
+    temperature: float,
+    similarity: str,
+    label_smoothing: float,
+    seen_offsets: Tensor | None,
+    seen_ids: Tensor | None,
+    seen_rows: Tensor | None,
 ) -> Tensor:
     if similarity == "cosine":
         queries, vectors = F.normalize(queries, dim=-1), F.normalize(vectors, dim=-1)
     logits = queries @ vectors.T / temperature
     # The default ignored index, -100, would pass as a target of no loss.
-    return F.cross_entropy(logits, targets, ignore_index=NO_INDEX, reduction="none")
+    options = {"ignore_index": NO_INDEX, "reduction": "none"}
+    if seen_rows is None:
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, **options)
+    out = left_out(targets, seen_offsets, seen_ids, seen_rows, len(vectors))
+    log_p = F.log_softmax(logits.masked_fill(out, -torch.inf), dim=1)
+    loss = F.nll_loss(log_p, targets, **options)
+    mean = log_p.masked_fill(out, 0).sum(1) / (~out).sum(1)
+    return (1 - label_smoothing) * loss - label_smoothing * mean
 
 
-def _registered(queries, vectors, targets, temperature, similarity, backend):
-    arguments = (queries, vectors, targets, temperature, similarity)
+def _registered(*arguments):
+    *arguments, backend = arguments
     return resolve("catalog_cross_entropy", backend, *arguments)(*arguments)
 
 
 _library = torch.library.Library("contrec", "FRAGMENT")
 _library.define(
     "catalog_cross_entropy(Tensor queries, Tensor vectors, Tensor targets, float temperature,"
-    " str similarity, str backend) -> Tensor"
+    " str similarity, float label_smoothing, Tensor? seen_offsets, Tensor? seen_ids,"
+    " Tensor? seen_rows, str backend) -> Tensor"
 )
 _library.impl("catalog_cross_entropy", _registered, "CompositeImplicitAutograd")
 
@@ -40,16 +81,31 @@ def catalog_cross_entropy(
     targets: Tensor,
     temperature: float,
     similarity: str = "cosine",
+    label_smoothing: float = 0.0,
+    seen: SeenLists | None = None,
+    seen_rows: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy of `softmax(similarity(query, item) / temperature)` at the target.
+    """Cross-entropy of `p = softmax(similarity(query, item) / temperature)` at the target.
 
-    Differentiable in queries and vectors.
+    With label smoothing e: `-(1 - e) log p[target] - e / M * sum(log p[i])`, the sum over the M
+    items that take part in the query's softmax: all but those of its seen list, where the target
+    takes part in any case. (Szegedy et al., "Rethinking the Inception Architecture", 2016,
+    section 7, as torch.nn.functional.cross_entropy has it.)
+
+    Differentiable in queries and vectors, once. Fused backends recompute tiles of logits instead
+    of writing the [B, N] matrix. The same call gives the same bits; on the CPU a query's loss and
+    gradient do in any batch.
 
     Args:
         queries: [B, D]. vectors: [N, D] in the same dtype, N at least 1.
         targets: [B] int64 rows of `vectors`.
-        temperature: positive. similarity: "cosine" or "dot".
+        temperature: positive. similarity: "cosine" (where rows shorter than 1e-12 are divided by
+            that, as in torch.nn.functional.normalize) or "dot".
+        label_smoothing: e, from 0 to below 1.
+        seen: lists of items to leave out. seen_rows: [B] int64 row of `seen` for each query,
+            -1 for none. Given together. A row beyond the lists raises IndexError on the CPU
+            and is not checked on a GPU.
 
     Returns:
         [B] loss in the dtype of the queries.
@@ -67,7 +123,21 @@ def catalog_cross_entropy(
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"similarity: expected 'cosine' or 'dot', got {similarity!r}")
-    arguments = (queries, vectors, targets, float(temperature), similarity)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected 0 to below 1, got {label_smoothing}")
+    if (seen is None) != (seen_rows is None):
+        raise ValueError("seen, seen_rows: expected both or neither, got one")
+    if seen is not None:
+        if not isinstance(seen, SeenLists):
+            raise TypeError(f"seen: expected an ops.SeenLists, got {type(seen).__name__}")
+        check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
+        check("seen", seen.ids, ("M",), (torch.int64,), like=queries)
+        if seen.bound > len(vectors):
+            raise ValueError(f"seen: expected ids below {len(vectors)}, got {seen.bound - 1}")
+    arguments = (
+        queries, vectors, targets, float(temperature), similarity, float(label_smoothing),
+        None if seen is None else seen.offsets, None if seen is None else seen.ids, seen_rows,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.contrec.catalog_cross_entropy(*arguments, backend)
     return resolve("catalog_cross_entropy", backend, *arguments)(*arguments)

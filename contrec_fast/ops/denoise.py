@@ -79,20 +79,26 @@ def guided(
     condition: Tensor | None,
     time: Tensor,
     guidance: float,
+    drop: Tensor | None = None,
 ) -> Tensor:
     """Classifier-free guidance: `(1 + w) f(x, h, t) - w f(x, null, t)` (arXiv 2207.12598).
 
     Args:
         x, condition: [B, D]; no condition means the null branch alone. time: embedding,
-        [B, D] or broadcastable. guidance: w.
+        [B, D] or broadcastable. guidance: w. drop: [B] bool, rows of the null branch alone.
     """
-    null = weights[rebuild(description)[1].index("null_condition")].expand_as(x)
+    null_condition = weights[rebuild(description)[1].index("null_condition")]
+    null = null_condition.expand_as(x)
     if condition is None:
         return predict(description, weights, x, null, time)
+    if drop is not None:
+        condition = torch.where(drop[:, None], null_condition, condition)
     conditional = predict(description, weights, x, condition, time)
     if guidance == 0:
         return conditional
-    return (1 + guidance) * conditional - guidance * predict(description, weights, x, null, time)
+    unconditional = predict(description, weights, x, null, time)
+    result = (1 + guidance) * conditional - guidance * unconditional
+    return result if drop is None else torch.where(drop[:, None], conditional, result)
 
 
 @implements("denoise")
@@ -103,20 +109,21 @@ def _denoise(
     weights: list[Tensor],
     description: str,
     guidance: float,
+    drop: Tensor | None,
 ) -> Tensor:
     time = embed_time(description, weights, t)
-    return guided(description, weights, x, condition, time, guidance)
+    return guided(description, weights, x, condition, time, guidance, drop)
 
 
-def _registered(x, condition, t, weights, description, guidance, backend):
-    arguments = (x, condition, t, weights, description, guidance)
+def _registered(x, condition, t, weights, description, guidance, drop, backend):
+    arguments = (x, condition, t, weights, description, guidance, drop)
     return resolve("denoise", backend, *arguments)(*arguments)
 
 
 _library = torch.library.Library("contrec", "FRAGMENT")
 _library.define(
     "denoise(Tensor x, Tensor? condition, Tensor t, Tensor[] weights, str description,"
-    " float guidance, str backend) -> Tensor"
+    " float guidance, Tensor? drop, str backend) -> Tensor"
 )
 _library.impl("denoise", _registered, "CompositeImplicitAutograd")
 
@@ -127,9 +134,11 @@ def denoise(
     condition: Tensor | None,
     t: Tensor,
     guidance: float = 2.0,
+    drop: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One denoiser evaluation with classifier-free guidance; differentiable.
+    """One denoiser evaluation with classifier-free guidance; differentiable in x, the condition
+    and the denoiser's parameters.
 
     Args:
         denoiser: LinearDenoiser, MLPDenoiser or AdaLNDenoiser.
@@ -137,6 +146,10 @@ def denoise(
         condition: [B, D], or None for the null branch alone.
         t: [B] int64 step indices, or [1] for one step of all rows, which costs less.
         guidance: w in `(1 + w) f(x, h, t) - w f(x, null, t)`.
+        drop: [B] bool: rows that get `f(x, null, t)` whatever their condition and the guidance
+            (condition dropout, arXiv 2207.12598, algorithm 1).
+        backend: "auto" or a name from `ops.backends()`. All but the reference work activations
+            out again for the gradients instead of keeping them, and have no second derivatives.
 
     Returns:
         What the denoiser predicts [B, D]: x0, noise or v.
@@ -150,7 +163,9 @@ def denoise(
     check("t", t, (1 if len(t) == 1 else x.shape[0],), INTEGERS, like=x)
     if condition is not None:
         check("condition", condition, tuple(x.shape), (x.dtype,), like=x)
-    arguments = (x, condition, t, weights, description, float(guidance))
+    if drop is not None:
+        check("drop", drop, (x.shape[0],), (torch.bool,), like=x)
+    arguments = (x, condition, t, weights, description, float(guidance), drop)
     if torch.compiler.is_compiling():
         return torch.ops.contrec.denoise(*arguments, backend)
     return resolve("denoise", backend, *arguments)(*arguments)

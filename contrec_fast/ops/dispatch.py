@@ -3,7 +3,8 @@
 An implementation registers itself under (operation, backend name). All implementations of an
 operation take the same arguments, so a caller never knows which one runs; `last_backend` tells.
 
-"auto" means: on the CPU the C++ extension where it can serve, else the reference. On a GPU a
+"auto" means: on the CPU the C++ extension where it can serve and is not known to be slower, else
+the reference. On a GPU a
 kernel is chosen only where a stored run on such a GPU, of the very source that is installed,
 showed it right and faster (`measured.json`); else the reference.
 """
@@ -30,6 +31,7 @@ class _Implementation:
     obstacle: Callable[..., str | None] | None
     bucket: Callable[..., str] | None
     sources: tuple[str, ...]
+    slower: Callable[..., bool] | None = None
 
 
 _implementations: dict[str, dict[str, _Implementation]] = {}
@@ -42,6 +44,7 @@ def implements(
     obstacle: Callable[..., str | None] | None = None,
     bucket: Callable[..., str] | None = None,
     sources: tuple[str, ...] = (),
+    slower: Callable[..., bool] | None = None,
 ):
     """Decorator: register a function as `operation`'s implementation under a backend name.
 
@@ -50,10 +53,12 @@ def implements(
             what it would need, in a few words.
         bucket: called with the same; names the class of shapes that one measurement stands for.
         sources: modules whose text decides whether a measurement is of this implementation.
+        slower: called with the same; whether the reference is faster, so that "auto" on the CPU
+            takes that.
     """
 
     def register(function: Callable) -> Callable:
-        found = _Implementation(function, obstacle, bucket, sources)
+        found = _Implementation(function, obstacle, bucket, sources, slower)
         _implementations.setdefault(operation, {})[backend] = found
         return function
 
@@ -82,7 +87,9 @@ def _choose(operation: str, *arguments) -> str:
     available = _implementations[operation]
     device = next(value.device for value in arguments if isinstance(value, Tensor))
     if device.type == "cpu":
-        candidates = [CPP] if CPP in available else []
+        found = available.get(CPP)
+        slower = found is None or (found.slower is not None and found.slower(*arguments))
+        candidates = [] if slower else [CPP]
     else:
         candidates = _measured(operation, device, *arguments)
     for name in candidates:

@@ -1,4 +1,8 @@
-"""`sample` by the Triton kernels of `contrec_kernels`, which are imported at the first call."""
+"""`sample` by the Triton kernels of `contrec_kernels`, which are imported at the first call.
+
+The first call with a plan prepares it and compiles, which a CUDA graph cannot hold: make one before
+the capture.
+"""
 
 import importlib.util
 import os

@@ -3,10 +3,7 @@
 
 #include <cstdint>
 
-// Whether functions can be compiled for instructions that the rest of the program does without.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CONTREC_TARGETS 1
-#endif
+#include "cpu/clones.h"
 
 namespace contrec::cpu {
 

@@ -8,8 +8,8 @@
 #ifdef CONTREC_TARGETS
 #include <immintrin.h>
 #pragma GCC target("avx512f,fma")
-#include "cpu/sampler_avx512.h"
-#include "cpu/sampler_float.h"
+#include "cpu/vec_avx512.h"
+#include "cpu/vec_float.h"
 #include "cpu/sampler_chain.h"
 #endif
 

@@ -8,7 +8,7 @@
 #ifdef CONTREC_TARGETS
 #include <immintrin.h>
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,fma")
-#include "cpu/sampler_avx512.h"
+#include "cpu/vec_avx512.h"
 #include "cpu/sampler_bf16.h"
 #include "cpu/sampler_chain.h"
 #endif

@@ -1,25 +1,13 @@
-// Products and element-wise functions for one set of instructions: included by each sampler_*.cpp
-// through sampler_chain.h, after it has defined, in the unnamed namespace,
-//
-// - Vec: kWidth floats with load, store, set, + - * /, fma, min, max, nearest, times_power_of_two
-//   and sum;
-// - Element, the type of what is multiplied, with store_elements(Element*, Vec);
-// - kPair, how many of them a column of an Operand has; load_operand(const Element*) for
-//   Vec::kWidth columns, broadcast(const Element*) of one such column to all, and
-//   multiply(Operand, Operand, Vec sum), which adds the kPair products of each column;
-// - kTile, rows of a tile of sums that fit the registers.
-//
-// No functions of the standard library here: compiled for these instructions, they could be taken
-// by the linker for the rest of the program.
-
+// Products of the sampler for one set of instructions: included by each
+// sampler_*.cpp through sampler_chain.h, after it has defined what vec_tile.h needs.
 #pragma once
+
+#include "cpu/elementwise.h"
+#include "cpu/vec_tile.h"
 
 namespace contrec::cpu {
 namespace {
 
-using Int = std::int64_t;
-
-constexpr int kStrip = 2 * Vec::kWidth;  // columns of a tile
 constexpr Int kDepth = 256 * kPair;      // inner dimension at a time: its weights stay in L1
 static_assert(kPanel % kStrip == 0, "a panel is a whole number of strips");
 
@@ -31,26 +19,12 @@ inline float rounded_to_bf16(float value) {
   return value;
 }
 
-inline Int smaller(Int a, Int b) { return a < b ? a : b; }
-inline Int round_up(Int value, Int unit) { return (value + unit - 1) / unit * unit; }
-
 // c[R, kStrip] += a[R, depth] b, b a strip of a panel.
 template <int R>
 __attribute__((noinline)) void tile(const Element* a, Int stride, const Element* b, Int depth,
                                     float* c) {
   Vec sums[R][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = Vec::set(0.0f);
-  for (Int k = 0; k < depth; k += kPair) {
-    const Operand left = load_operand(b), right = load_operand(b + kPair * Vec::kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Operand x = broadcast(a + r * stride + k);
-      sums[r][0] = multiply(x, left, sums[r][0]);
-      sums[r][1] = multiply(x, right, sums[r][1]);
-    }
-    b += kPair * kPanel;
-  }
+  tile_sums<R>(a, stride, 1, b, kPanel, depth, sums);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     for (int half = 0; half < 2; ++half) {
@@ -93,48 +67,6 @@ inline void product(const Element* a, Int stride, Int rows, const void* matrix, 
       }
     }
   }
-}
-
-// x Phi(x), with erf a rational function fitted to within 2e-8; |x| above 3.925 sqrt(2) is 0 or x.
-inline Vec gelu(Vec x) {
-  const Vec bound = Vec::set(3.925f);
-  const Vec z = min(max(x * Vec::set(0.70710678f), Vec::set(0.0f) - bound), bound);
-  const Vec y = z * z;
-  Vec p = Vec::set(2.04603816200688e-06f), q = Vec::set(3.8047957787057385e-05f);
-  p = fma(p, y, Vec::set(0.0002848448057193309f));
-  q = fma(q, y, Vec::set(0.00116386276204139f));
-  p = fma(p, y, Vec::set(0.0037725630681961775f));
-  q = fma(q, y, Vec::set(0.014983221888542175f));
-  p = fma(p, y, Vec::set(0.052769340574741364f));
-  q = fma(q, y, Vec::set(0.11418280005455017f));
-  p = fma(p, y, Vec::set(0.1905938982963562f));
-  q = fma(q, y, Vec::set(0.5022421479225159f));
-  p = fma(p, y, Vec::set(1.1283791065216064f));
-  q = fma(q, y, Vec::set(1.0f));
-  const Vec half = x * Vec::set(0.5f);
-  return fma(half, z * p / q, half);
-}
-
-// exp of x in [-87, 87], by Taylor's series around the nearest multiple of log 2.
-inline Vec exponential(Vec x) {
-  const Vec n = nearest(x * Vec::set(1.44269504f));
-  Vec r = fma(n, Vec::set(-0.693359375f), x);
-  r = fma(n, Vec::set(2.12194440e-4f), r);
-  Vec s = Vec::set(1.0f / 5040);
-  s = fma(s, r, Vec::set(1.0f / 720));
-  s = fma(s, r, Vec::set(1.0f / 120));
-  s = fma(s, r, Vec::set(1.0f / 24));
-  s = fma(s, r, Vec::set(1.0f / 6));
-  s = fma(s, r, Vec::set(0.5f));
-  s = fma(s, r, Vec::set(1.0f));
-  s = fma(s, r, Vec::set(1.0f));
-  return times_power_of_two(s, n);
-}
-
-inline Vec silu(Vec x) {
-  const Vec bound = Vec::set(87.0f);
-  const Vec e = exponential(min(max(Vec::set(0.0f) - x, Vec::set(0.0f) - bound), bound));
-  return x / (Vec::set(1.0f) + e);
 }
 
 }  // namespace

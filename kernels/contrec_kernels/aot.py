@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes of shared memory a block can have
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNTED = ("HGMMA", "HMMA", "QGMMA", "IMMA", "LDL", "STL", "LDGSTS", "UTMALDG")
+COUNTED += ("LDG.E.128", "STG.E.128")  # 16 bytes of a thread
 
 
 class _Driver:
@@ -82,7 +83,7 @@ def figures(kernel) -> dict:
         usage = _run("cuobjdump", "-res-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     used = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}
-    counts = Counter(re.findall(rf"\b({'|'.join(COUNTED)})\b", code))
+    counts = Counter(re.findall(rf"\b({'|'.join(map(re.escape, COUNTED))})\b", code))
     return {
         "kernel": kernel.metadata.name,
         "warps": kernel.metadata.num_warps,

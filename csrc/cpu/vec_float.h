@@ -1,4 +1,4 @@
-// Products in float32 for sampler_chain.h.
+// Products in float32 for vec_tile.h.
 #pragma once
 
 namespace contrec::cpu {

@@ -1,0 +1,118 @@
+"""Lists in chunks: the same rows as all at once, and jobs that go on where they stopped."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+from model_cases import Recorder, trained_model
+from ops_cases import refused
+
+from contrec_fast.engine import Recommender, recommend, recommend_iter, write_lists
+
+USERS, CHUNK = 30, 7
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained_model()
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Rows of the chunks that were computed; `served.stop_after` chunks, an interruption."""
+
+    class Served(list):
+        stop_after = None
+
+    served, honest = Served(), Recommender.recommend
+
+    def counted(self, rows, k):
+        if len(served) == served.stop_after:
+            raise KeyboardInterrupt
+        served.append(np.asarray(rows).tolist())
+        return honest(self, rows, k)
+
+    monkeypatch.setattr(Recommender, "recommend", counted)
+    return served
+
+
+def left_behind(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("chunk", [1, CHUNK, USERS, 100])
+def test_chunks_have_the_rows_of_all_at_once(model, chunk):
+    whole = recommend(model, k=3)
+    tables = list(recommend_iter(model, k=3, chunk=chunk))
+    assert [table.user_id.nunique() for table in tables[:-1]] == [chunk] * (len(tables) - 1)
+    joined = pd.concat(tables, ignore_index=True)
+    # The language model rounds differently in other batches.
+    pd.testing.assert_frame_equal(joined, whole, rtol=1e-4)
+
+
+def test_lists_are_computed_when_asked_for(model, served):
+    tables = recommend_iter(model, k=3, chunk=CHUNK)
+    assert not served
+    next(tables)
+    assert served == [list(range(CHUNK))]
+
+
+def test_without_text_nothing_matches(model):
+    users = model.dataset.user_ids[:4]
+    (table,) = recommend_iter(model, users, k=3, text=False)
+    assert (table.text == "").all() and not table.matched.any()
+    assert table.user_id.unique().tolist() == users
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 3])
+def test_an_interrupted_file_goes_on_to_the_same_bytes(model, served, tmp_path, stopped):
+    whole, out = tmp_path / "whole.parquet", tmp_path / "lists.parquet"
+    write_lists(model, whole, k=3, chunk=CHUNK)
+    del served[:]
+    served.stop_after = stopped
+    with pytest.raises(KeyboardInterrupt):
+        write_lists(model, out, k=3, chunk=CHUNK)
+    assert left_behind(tmp_path) == [".lists.parquet.parts", "whole.parquet"]
+    served.stop_after = None
+    write_lists(model, out, k=3, chunk=CHUNK, progress=(recorder := Recorder()))
+    assert served == [list(range(i, min(i + CHUNK, USERS))) for i in range(0, USERS, CHUNK)]
+    assert len(recorder.figures["Users"]) == len(served) - stopped
+    assert out.read_bytes() == whole.read_bytes()
+    assert left_behind(tmp_path) == ["lists.parquet", "whole.parquet"]
+    expected = pd.concat(recommend_iter(model, k=3, chunk=CHUNK), ignore_index=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(out), expected)
+
+
+@pytest.mark.parametrize("change", ["weights", "k", "text", "users"])
+def test_parts_of_another_job_are_not_used(model, served, tmp_path, change):
+    out, arguments = tmp_path / "lists.parquet", {"k": 3, "chunk": CHUNK}
+    served.stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        write_lists(model, out, **arguments)
+    served.stop_after = None
+    if change == "weights":
+        model = copy.deepcopy(model)
+        model.condition.bias.data[0] += 1
+    else:
+        new = {"k": 4, "text": False, "users": model.dataset.user_ids[::-1]}
+        arguments[change] = new[change]
+    write_lists(model, out, **arguments)
+    expected = pd.concat(recommend_iter(model, **arguments), ignore_index=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(out), expected)
+
+
+@pytest.mark.parametrize(
+    "bad, kind, word",
+    [
+        ({"k": 0}, ValueError, "k"),
+        ({"k": 2.5}, TypeError, "k"),
+        ({"chunk": 0}, ValueError, "chunk"),
+        ({"users": ["nobody"]}, ValueError, "users"),
+        ({"users": []}, ValueError, "users"),
+    ],
+)
+def test_refused_before_anything_is_written(model, served, tmp_path, bad, kind, word):
+    with refused(kind, word):
+        write_lists(model, tmp_path / "lists.parquet", **bad)
+    assert not served and not left_behind(tmp_path)
