@@ -36,7 +36,7 @@ def test_new_items_share_recommenders(monkeypatch):
             made.append(1)
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(engine.recommender, "Recommender", Counted)
+    monkeypatch.setattr(engine, "Recommender", Counted)
     copy.deepcopy(random_model()).add_items(FRAME, CHOSEN)
     assert len(made) == 2  # for who chose them, and for who is to be offered them
 
