@@ -102,6 +102,39 @@ def test_parts_of_another_job_are_not_used(model, served, tmp_path, change):
     pd.testing.assert_frame_equal(pd.read_parquet(out), expected)
 
 
+def test_another_job_for_the_same_file_meanwhile(model, served, tmp_path, monkeypatch):
+    """The first loses its chunks, and takes none of the other's for its own."""
+    out, honest, arguments = tmp_path / "lists.parquet", Recommender.recommend, {"k": 3, "chunk": 7}
+
+    def between(self, rows, k):
+        if len(served) == 2:
+            monkeypatch.setattr(Recommender, "recommend", honest)
+            served.stop_after = 4
+            with pytest.raises(KeyboardInterrupt):
+                write_lists(model, out, model.dataset.user_ids[::-1], **arguments)
+            served.stop_after = None
+        return honest(self, rows, k)
+
+    monkeypatch.setattr(Recommender, "recommend", between)
+    with pytest.raises(FileNotFoundError):
+        write_lists(model, out, **arguments)
+    assert not out.exists()
+    write_lists(model, out, **arguments)
+    expected = pd.concat(recommend_iter(model, **arguments), ignore_index=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(out), expected)
+
+
+def test_a_number_of_numpys(model, tmp_path):
+    write_lists(model, tmp_path / "lists.parquet", model.dataset.user_ids[:2], k=np.int64(3))
+    assert len(pd.read_parquet(tmp_path / "lists.parquet")) == 6
+
+
+def test_a_folder_is_no_file(model, served, tmp_path):
+    with refused(ValueError, "path"):
+        write_lists(model, tmp_path, k=3)
+    assert not served and not left_behind(tmp_path)
+
+
 @pytest.mark.parametrize(
     "bad, kind, word",
     [

@@ -79,8 +79,9 @@ def write_lists(
     """Write the rows of `recommend_iter` to a Parquet file; called again, go on where it stopped.
 
     Finished chunks wait in the folder `.NAME.parts` beside the file, which appears whole. Chunks
-    of another job (other weights, users, histories or arguments) are thrown away. An interrupted
-    job ends with the same bytes as one that was not.
+    of another job (other weights, users, histories or arguments) are thrown away, so that one of
+    two jobs at a time for one file fails. An interrupted job ends with the same bytes as one that
+    was not.
 
     Args:
         path: of the file, which is replaced if it exists. The rest: see `recommend_iter`.
@@ -89,13 +90,20 @@ def write_lists(
         ValueError, TypeError: as `recommend`, before anything is written.
     """
     path, progress = Path(path), progress or Silent()
+    if path.is_dir():
+        raise ValueError(f"path: expected a file, got the folder {path}")
     dataset = served_dataset(model, users, histories)
     chunks = _chunks(dataset, chunk)
     recommender = Recommender(model, dataset, text=text)
     recommender.check(chunks[0], k)
+    k = int(k)  # maybe NumPy's
     folder = path.with_name(f".{path.name}.parts")
-    _open_job(folder, _fingerprint(model, dataset, k, chunk, text))
-    parts = [folder / f"{number:08d}.parquet" for number in range(len(chunks))]
+    job = _fingerprint(model, dataset, k, chunk, text)
+    # The name says whose a part is, whoever else works in the folder.
+    parts = [folder / f"{job}-{number:08d}.parquet" for number in range(len(chunks))]
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in set(folder.iterdir()).difference(parts):
+        other.unlink(missing_ok=True)
     todo = [(part, rows) for part, rows in zip(parts, chunks) if not part.exists()]
     advance = progress.stage("Users", len(chunks), "chunks", len(chunks) - len(todo))
     # A chunk is written while the next one is computed.
@@ -134,19 +142,9 @@ def _write_part(part: Path, dataset: Dataset, rows: np.ndarray, lists) -> None:
         pq.write_table(table, partial)
 
 
-def _open_job(folder: Path, fingerprint: str) -> None:
-    """Make sure that the folder is there and holds only parts of this very job."""
-    job = folder / "job"
-    if not (job.is_file() and job.read_text() == fingerprint):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with whole_file(job) as partial:
-            partial.write_text(fingerprint)
-
-
 def _fingerprint(model: ContRec, dataset: Dataset, *arguments) -> str:
     """Of all that decides the lists."""
-    digest = hashlib.blake2b()
+    digest = hashlib.blake2b(digest_size=16)
 
     def add(*values) -> None:
         digest.update((json.dumps(values) + "\n").encode())
