@@ -54,6 +54,11 @@ def serves(tensor: Tensor) -> bool:
     return _C is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def empty(*shape: int) -> Tensor:
+    """Memory that kernels write float32 to, whatever PyTorch's default dtype and device."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def philox_normal(seed: Tensor, user_ids: Tensor, dim: int, step: int, draw: int = 0) -> Tensor:
     """`contrec_fast.ops.noise.philox_normal` in C++, for tensors that `serves` accepts.
 
@@ -67,7 +72,7 @@ def philox_normal(seed: Tensor, user_ids: Tensor, dim: int, step: int, draw: int
         [B, D] float32; the same bits whatever the batch, the number of threads and the processor.
     """
     user_ids = user_ids.contiguous()
-    out = torch.empty(len(user_ids), dim, dtype=torch.float32)
+    out = empty(len(user_ids), dim)
     _C.philox_normal(
         seed=int(seed) % 2**64,
         user_ids=user_ids.data_ptr(),
@@ -131,8 +136,8 @@ def cosine_topk(
     queries = queries.contiguous()
     matched = None if matched is None else matched.contiguous()
     seen_rows = None if seen_rows is None else seen_rows.long().contiguous()
-    scores = torch.empty(len(queries), k, dtype=torch.float32)
-    ids = torch.empty(len(queries), k, dtype=torch.int64)
+    scores = empty(len(queries), k)
+    ids = torch.empty(len(queries), k, dtype=torch.int64, device="cpu")
 
     statistics = _C.cosine_topk(
         queries=queries.data_ptr(),
@@ -196,7 +201,7 @@ def sample(
     """
     condition, user_ids = condition.contiguous(), user_ids.contiguous()
     noise = None if noise is None else noise.contiguous()
-    out = torch.empty(samples, *condition.shape)
+    out = empty(samples, *condition.shape)
     _C.sample(
         tensors=[_address(tensor) for tensor in tensors],
         steps=len(coefficients),

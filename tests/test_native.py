@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops_cases import make_denoiser
 
-from contrec_fast import native
+from contrec_fast import native, ops
 from contrec_fast.ops import noise
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -170,6 +171,34 @@ def test_philox_normal_does_not_depend_on_batch_or_threads():
     some = torch.randperm(1025)[:17]
     assert torch.equal(native.philox_normal(seed, user_ids[some], 259, 3), one[some])
     assert torch.equal(native.philox_normal(seed, user_ids[some], 67, 3), one[some][:, :67])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_defaults_of_dtype_and_device(dtype):
+    """Kernels write to memory of the dtype and in the place that they expect."""
+    x, ids, steps = torch.randn(70, 8), torch.arange(70), torch.arange(70) % 9
+    denoisers = [make_denoiser(kind, 8, torch.float32) for kind in ("mlp", "adaln", "separable")]
+    leaf, catalog = x.clone().requires_grad_(), ops.Catalog(x)
+    seed, plan = torch.tensor(3), ops.plan_sampling(denoisers[0], timesteps=9)
+
+    def results():
+        losses = ops.catalog_cross_entropy(leaf, leaf, ids, 0.1, backend="cpp")
+        found = [losses, *torch.autograd.grad(losses, leaf, losses.detach())]
+        for denoiser in denoisers:
+            y = ops.denoise(denoiser, leaf, x, steps, backend="cpp")
+            found += [y, *torch.autograd.grad(y, [leaf, *denoiser.parameters()], y.detach())]
+        found += [plan(x, seed, ids, backend="cpp"), native.philox_normal(seed, ids, 8, 1)]
+        return [*found, *ops.cosine_topk(x, catalog, 5, backend="cpp")]
+
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = results()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_serves_only_eager_cpu_tensors():

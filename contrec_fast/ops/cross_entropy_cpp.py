@@ -49,7 +49,7 @@ def _job(
 
 def _forward(*arguments, isa: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     queries = arguments[0]
-    losses, peaks, totals = (torch.empty(len(queries)) for _ in range(3))
+    losses, peaks, totals = (native.empty(len(queries)) for _ in range(3))
     native.cross_entropy(
         isa, **_job(*arguments), peaks=peaks, totals=totals, losses=losses,
         gradient=None, query_gradient=None, vector_gradient=None,
@@ -61,7 +61,10 @@ def _backward(*arguments, isa: str | None = None) -> list[Tensor | None]:
     *arguments, peaks, totals, gradient, wanted = arguments
     # In float32 also for bfloat16: one block of queries after another adds to it.
     found = [
-        torch.zeros(tensor.shape) if asked else None for tensor, asked in zip(arguments, wanted)
+        torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
+        if asked
+        else None
+        for tensor, asked in zip(arguments, wanted)
     ]
     native.cross_entropy(
         isa, **_job(*arguments), peaks=peaks, totals=totals, losses=None,

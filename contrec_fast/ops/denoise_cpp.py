@@ -49,7 +49,7 @@ class CppSteps(Steps):
     def modulate_gradient(self, state, norm, modulation, rows, grad, after, of_modulation):
         branches, count, width = state.shape
         inner, of_state = torch.empty_like(grad), torch.empty_like(grad)
-        sums = torch.empty(branches * -(-count // CHUNK), 2, width)
+        sums = native.empty(branches * -(-count // CHUNK), 2, width)
         _norm(state, norm, modulation, rows, inner, grad, after, of_state, of_modulation, sums)
         return inner, of_state, *sums.sum(0).to(state.dtype)
 
@@ -86,7 +86,7 @@ class CppSteps(Steps):
         if len(table) == 1 or rows.index is None:
             return super().sum_rows(values, table, rows)
         count, width = values.shape
-        out = torch.empty(len(table), width)
+        out = native.empty(len(table), width)
         members = [values, out, len(table)]
         native.denoise_pass("sum_by_index", members, width, count, rows.index)
         return out.to(values.dtype)

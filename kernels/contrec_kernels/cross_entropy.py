@@ -250,7 +250,7 @@ def vector_gradients(
 def scales_of(rows: Tensor, similarity: str) -> Tensor:
     """[rows] float32: 1 over the norms, or over SHORTEST if that is more; 1 for "dot"."""
     if similarity == "dot":
-        return torch.ones(len(rows), device=rows.device)
+        return torch.ones(len(rows), dtype=torch.float32, device=rows.device)
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
     return norms.clamp(min=SHORTEST).reciprocal()
 
@@ -302,6 +302,10 @@ class _Launch:
         return span, triton.cdiv(self.count, span)
 
 
+def _float32(like: Tensor) -> dict:
+    return {"dtype": torch.float32, "device": like.device}
+
+
 def forward(*arguments) -> tuple[Tensor, ...]:
     """Losses [B] in the queries' dtype; and for `backward`, [B] float32, the largest logits, the
     sums of exp(logit - largest) and the part of each item in the smoothed target.
@@ -313,12 +317,12 @@ def forward(*arguments) -> tuple[Tensor, ...]:
     """
     queries, *_, smoothing, _, _, _ = arguments
     if len(queries) == 0:
-        return queries.new_empty(0), *torch.empty((3, 0), device=queries.device)
+        return queries.new_empty(0), *torch.empty((3, 0), **_float32(queries))
     with torch.cuda.device_of(queries):
         call = _Launch(*arguments)
         tiles, options = call.cut("losses")
         span, ranges = call.ranges(tiles)
-        found = torch.empty((5, ranges, call.batch), device=queries.device)
+        found = torch.empty((5, ranges, call.batch), **_float32(queries))
         losses[(triton.cdiv(call.batch, tiles.queries), ranges)](
             *call.tensors, *found, call.batch, call.count, span, SMOOTH=smoothing > 0, **options
         )
@@ -352,8 +356,8 @@ def backward(*arguments) -> list[Tensor | None]:
         if wanted[0]:
             tiles, options = call.cut("query_gradients")
             span, ranges = call.ranges(tiles)
-            parts = torch.empty((ranges, *queries.shape), device=queries.device)
-            alongs = torch.empty((ranges, call.batch), device=queries.device)
+            parts = torch.empty((ranges, *queries.shape), **_float32(queries))
+            alongs = torch.empty((ranges, call.batch), **_float32(queries))
             columns = triton.cdiv(call.dim, tiles.columns)
             query_gradients[(triton.cdiv(call.batch, tiles.queries), ranges, columns)](
                 *call.tensors, *softmax, parts, alongs, call.batch, call.count, span,

@@ -161,7 +161,8 @@ def _modulate_gradient(
     blocks, folded = line_blocks(width), norm is None
     weight, bias = norm or (None, None)
     programs = -(-count // (blocks.m * LINES))
-    of_norm = torch.empty(branches * programs, 2, width, device=state.device)
+    shape = branches * programs, 2, width
+    of_norm = torch.empty(shape, dtype=torch.float32, device=state.device)
     kernels.modulate_gradient[programs, branches](
         inner, of_state, of_modulation, of_norm, state, weight, bias, *modulation_of(modulation),
         rows.drop, grad, after, rows.guidance, count, state.stride(0), WIDTH=width, FOLDED=folded,

@@ -128,7 +128,7 @@ def draw_noise(chain: Chain, first: int, entries: int, state: Tensor | None = No
 
 def philox_normal(seed: Tensor, users: Tensor, dim: int, step: int, draw: int = 0) -> Tensor:
     """`contrec_fast.ops.noise.philox_normal` as one kernel: [B, D] float32 within 4 ulp of it."""
-    condition = torch.empty(len(users), dim, device=users.device)
+    condition = torch.empty(len(users), dim, dtype=torch.float32, device=users.device)
     empty = Chain(condition, seed, users, 1, None, condition, 0, False, 0.0)
     return draw_noise(empty, step + 65536 * draw, 1)[0] if len(users) else condition
 
@@ -249,7 +249,7 @@ def _persistent(chain: Chain, hoisted, pre, conditional: Tensor) -> Tensor:
 
 def _preactivation(chain: Chain, hoisted, pre, conditional: Tensor, cooperative: bool) -> Tensor:
     hidden, rows, device = len(hoisted.null), chain.rows, chain.condition.device
-    state = torch.empty(rows, hidden, device=device)
+    state = torch.empty(rows, hidden, dtype=torch.float32, device=device)
     previous = torch.empty_like(state) if chain.multistep else None
     folded = chain.condition.new_empty(2, rows, hidden)
     blocks = blocks_for(rows, folded.dtype)
@@ -302,7 +302,7 @@ def sample_adaln(chain: Chain, hoisted, chunk_bytes: int = CHUNK_BYTES) -> Tenso
         dtype if separable else torch.float32, activated=separable,
     )  # fmt: skip
     chunk = 1 if separable else max(1, chunk_bytes // (batch * columns * dtype.itemsize))
-    state = torch.empty(branches, rows, width, device=chain.condition.device)
+    state = torch.empty(branches, rows, width, dtype=torch.float32, device=chain.condition.device)
     inner = chain.condition.new_empty(branches, rows, width)
     blocks = blocks_for(branches * rows, dtype)
     line = Blocks(1, 0, 0, 8, 1) if width > 512 else Blocks(4, 0, 0, 4, 1)

@@ -154,7 +154,7 @@ def search(
             seen = seen_ids
 
         if floors is None:
-            floors = torch.full((batch,), -torch.inf, device=device)
+            floors = torch.full((batch,), -torch.inf, dtype=torch.float32, device=device)
         rank, capacity, block = _room(count, k, widening)
         if capacity == count:
             thresholds = torch.full_like(floors, -torch.inf)
@@ -167,7 +167,7 @@ def search(
             cut |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
             samples = triton.cdiv(count, STRIDE)
             blocks = triton.cdiv(samples, block)
-            maxima = torch.empty((batch, blocks), device=device)
+            maxima = torch.empty((batch, blocks), dtype=torch.float32, device=device)
             sampled = cut | {"ITEMS": min(64, tiles.items)}  # groups are looked up for every score
             grid = _programs(queries, tiles, row_tiles, triton.cdiv(samples, sampled["ITEMS"]))
             kernels.sample_maxima[grid](
@@ -254,7 +254,7 @@ def cosine_topk(
     scores = torch.empty((len(queries), k), dtype=torch.float32, device=queries.device)
     ids = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
     if floors is None:
-        floors = torch.full((len(queries),), -torch.inf, device=queries.device)
+        floors = torch.full((len(queries),), -torch.inf, dtype=torch.float32, device=queries.device)
 
     def fill(rows: Tensor, widening: int):
         for part in rows.split(max(1, SLOTS // _room(len(scan), k, widening)[1])):
