@@ -6,6 +6,7 @@ from gather_cases import DTYPES, assert_as_good, factored_loop, loop, make_facto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import needs_extension, refused
+from torch.autograd import forward_ad
 
 from contrec_fast import native, ops
 from contrec_fast.models.tokenizer import SigmaVAE
@@ -311,6 +312,28 @@ def test_ids_outside_the_tables(backend):
         with pytest.raises(IndexError):
             ops.gather_tokens(token_ids, rows, text, table, out=out, backend=backend)
         assert out.isnan().all()
+
+
+@pytest.mark.parametrize("make", [make_inputs, make_factored])
+def test_transformed(make):
+    """By torch.func or in forward mode: left to the reference."""
+    token_ids, rows, text, table = make(2, 5, 6)
+
+    def function(text, backend="auto"):
+        return ops.gather_tokens(token_ids, rows, text, table, backend=backend)
+
+    found = torch.func.vmap(function)(torch.stack([text, -text]))
+    expected = torch.stack([function(text), function(-text)])
+    torch.testing.assert_close(found, expected)
+    leaf = text.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    assert torch.equal(torch.func.grad(lambda text: function(text).sum())(text), expected)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(function(forward_ad.make_dual(text, text)))
+    assert torch.equal(found.tangent, found.primal.masked_fill(rows[..., None] != -1, 0))
+    for backend in set(ops.backends()["gather_tokens"]) - {"reference"}:
+        with refused(ValueError, "backend"):
+            torch.func.vmap(function, (0, None))(text[None], backend)
 
 
 def test_auto_is_cpp_where_it_serves():

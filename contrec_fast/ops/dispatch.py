@@ -4,9 +4,9 @@ An implementation registers itself under (operation, backend name). All implemen
 operation take the same arguments, so a caller never knows which one runs; `last_backend` tells.
 
 "auto" means: on the CPU the C++ extension where it can serve and is not known to be slower, else
-the reference. On a GPU a
-kernel is chosen only where a stored run on such a GPU, of the very source that is installed,
-showed it right and faster (`measured.json`); else the reference.
+the reference. On a GPU a kernel is chosen only where a stored run on such a GPU, of the very source
+that is installed, showed it right and faster (`measured.json`); else the reference. Calls that
+torch.func or forward-mode differentiation transforms are the reference's.
 """
 
 import functools
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 REFERENCE = "reference"
 CPP = "cpp"
@@ -65,6 +66,11 @@ def implements(
     return register
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation watches the calls that are being made."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def resolve(operation: str, backend: str, *arguments) -> Callable:
     """The implementation that serves a call with these arguments, noted for `last_backend`.
 
@@ -77,13 +83,19 @@ def resolve(operation: str, backend: str, *arguments) -> Callable:
         names = ", ".join(["auto", *available])
         raise ValueError(f"backend: {operation} has {names}, got {backend!r}")
     found = available[name]
-    if backend != "auto" and found.obstacle and (obstacle := found.obstacle(*arguments)):
-        raise ValueError(f"backend: {name} cannot serve this {operation}: {obstacle}")
+    if backend not in ("auto", REFERENCE):
+        obstacle = found.obstacle(*arguments) if found.obstacle else None
+        if transformed():
+            obstacle = "a call that torch.func and forward-mode differentiation leave alone"
+        if obstacle:
+            raise ValueError(f"backend: {name} cannot serve this {operation}: {obstacle}")
     _served[operation] = name
     return found.function
 
 
 def _choose(operation: str, *arguments) -> str:
+    if transformed():
+        return REFERENCE
     available = _implementations[operation]
     device = next(value.device for value in arguments if isinstance(value, Tensor))
     if device.type == "cpu":
@@ -100,9 +112,7 @@ def _choose(operation: str, *arguments) -> str:
 
 def _measured(operation: str, device: torch.device, *arguments) -> list[str]:
     """Backends that a stored run showed right and faster for such arguments, best first."""
-    rows = [
-        row for row in measurements() if row["operation"] == operation and row["speedup"] > 1
-    ]
+    rows = [row for row in measurements() if row["operation"] == operation and row["speedup"] > 1]
     if not rows or device.type != "cuda":
         return []
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -9,7 +9,7 @@ from torch import Tensor
 import contrec_fast.ops.triton_gather  # noqa: F401, registers itself
 from contrec_fast import native
 from contrec_fast.ops.checks import FLOATS, INTEGERS, check
-from contrec_fast.ops.dispatch import CPP, implements, resolve
+from contrec_fast.ops.dispatch import CPP, implements, resolve, transformed
 
 
 class FactoredTable(NamedTuple):
@@ -34,7 +34,8 @@ class FactoredTable(NamedTuple):
         )
 
 
-# Implementations write to `out`; `weight` and `bias` are None for a whole table.
+# Implementations write to `out`; `weight` and `bias` are None for a whole table. Without `out` the
+# reference returns what it makes, as nothing else can be transformed.
 
 
 @implements("gather_tokens")
@@ -45,15 +46,14 @@ def _gather_tokens(
     token_table: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    out: Tensor,
-) -> None:
+    out: Tensor | None,
+) -> Tensor:
     continuous = rows != -1
     # Without continuous tokens no row exists: let the look-up refuse it as any other id.
     unused = 0 if len(token_table) else len(text_table)
     text = F.embedding(token_ids.masked_fill(continuous, unused), text_table)
     if len(token_table) == 0:
-        out.copy_(text)
-        return
+        return text if out is None else out.copy_(text)
     found = rows.masked_fill(~continuous, 0)
     tokens = F.embedding(found, token_table)
     if weight is not None:
@@ -62,7 +62,7 @@ def _gather_tokens(
         hidden, tokens = tokens, torch.zeros_like(text)
         for k in range(len(weight)):
             tokens = torch.where(layer == k, F.linear(hidden, weight[k], bias[k]), tokens)
-    torch.where(continuous[..., None], tokens, text, out=out)
+    return torch.where(continuous[..., None], tokens, text, out=out)
 
 
 @implements("gather_tokens_backward")
@@ -197,7 +197,7 @@ def _differentiate(ctx, gradient):
         return None, None, text, tokens if of_table else None, None, None, None
     # What belongs to the tokens themselves, by layer: [K, R / K, H].
     hidden, weight = factors
-    tokens = tokens.view(-1, *weight.shape[:2]).transpose(0, 1)
+    tokens = tokens.unflatten(0, (-1, len(weight))).transpose(0, 1)
     hidden = hidden.unflatten(0, (-1, len(weight))).transpose(0, 1)
     return (
         None,
@@ -266,8 +266,14 @@ def gather_tokens(
         part is not None and part.requires_grad for part in tables
     )
     if out is None:
-        if differentiable or torch.compiler.is_compiling():
-            return torch.ops.contrec.gather_tokens(token_ids, rows, *tables, backend)
+        arguments = (token_ids, rows, *tables)
+        if torch.compiler.is_compiling():
+            return torch.ops.contrec.gather_tokens(*arguments, backend)
+        if transformed():
+            arguments = (*arguments, None)
+            return resolve("gather_tokens", backend, *arguments)(*arguments)
+        if differentiable:
+            return torch.ops.contrec.gather_tokens(*arguments, backend)
         out = text_table.new_empty(*token_ids.shape, width)
     else:
         check("out", out, (*token_ids.shape, width), dtype, like=token_ids)
