@@ -140,9 +140,39 @@ def test_passes_do_not_depend_on_threads_or_other_rows(kind, dtype):
         torch.set_num_threads(threads)
 
 
+@kinds
+@backends
+def test_strided_drop(kind, backend):
+    denoiser, t = make_denoiser(kind, 5, torch.float32), torch.ones(1).long()
+    x, condition = torch.randn(2, 40, 5)
+    drop = (torch.rand(40, 3) < 0.5)[:, 1]
+    found, expected = (
+        evaluate(denoiser, backend, x, condition, x, t, 1.5, mask)
+        for mask in (drop, drop.contiguous())
+    )
+    assert all(map(torch.equal, found, expected))
+
+
+@kinds
+@backends
+def test_autocast_around_the_backward_pass_changes_nothing(kind, backend):
+    denoiser, t = make_denoiser(kind, 5, torch.float32), torch.arange(70) % 20
+    x, condition = torch.randn(2, 70, 5)
+    x.requires_grad_()
+    expected, found = (ops.denoise(denoiser, x, condition, t, backend=backend) for _ in range(2))
+    inputs = x, *denoiser.parameters()
+    expected = torch.autograd.grad(expected.sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(found.sum(), inputs)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_refused_in_one_line():
     x, t = torch.randn(3, 4), torch.zeros(1).long()
     mlp, linear = make_denoiser("mlp", 4, torch.float32), make_denoiser("linear", 4, torch.float32)
+    for steps, error in [(t[0], ValueError), (0, TypeError), (t.repeat(2), ValueError)]:
+        with refused(error, "t"):
+            ops.denoise(mlp, x, x, steps)
     for drop, error in [(torch.zeros(3), TypeError), (torch.zeros(2).bool(), ValueError)]:
         with refused(error, "drop"):
             ops.denoise(mlp, x, x, t, drop=drop)

@@ -160,7 +160,8 @@ def denoise(
     description = describe(denoiser)
     weights = list(denoiser.parameters())
     check("x", x, ("B", denoiser.dim), (weights[0].dtype,), like=weights[0])
-    check("t", t, (1 if len(t) == 1 else x.shape[0],), INTEGERS, like=x)
+    single = isinstance(t, Tensor) and t.shape == (1,)
+    check("t", t, (1 if single else x.shape[0],), INTEGERS, like=x)
     if condition is not None:
         check("condition", condition, tuple(x.shape), (x.dtype,), like=x)
     if drop is not None:

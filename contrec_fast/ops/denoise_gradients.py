@@ -40,8 +40,8 @@ def obstacle(x: Tensor, condition, t, weights, description, *rest) -> str | None
         return "weights of one dtype"
     if torch.is_autocast_enabled(x.device.type):
         return "no autocast, under which products have another dtype"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return "an eager call, neither compiled nor transformed"
+    if torch.compiler.is_compiling():
+        return "an eager call, got one that is being compiled"
     return None
 
 
@@ -63,8 +63,10 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        evaluation = _evaluation(ctx.settings, *ctx.saved_tensors)
-        return None, *evaluation.gradients(grad.contiguous(), ctx.needs_input_grad[1])
+        # The products of the forward pass, whatever the caller is inside of now.
+        with torch.autocast(grad.device.type, enabled=False):
+            evaluation = _evaluation(ctx.settings, *ctx.saved_tensors)
+            return None, *evaluation.gradients(grad.contiguous(), ctx.needs_input_grad[1])
 
 
 def _evaluation(settings, x, condition, t, drop, *weights) -> "_Evaluation":
@@ -85,6 +87,7 @@ class _Evaluation:
         self.steps, self.description, guidance = settings
         self.names = rebuild(self.description)[1]
         self.weights = {name: w.contiguous() for name, w in zip(self.names, weights)}
+        drop = None if drop is None else drop.contiguous()
         self.null, self.x, self.drop = self.weights["null_condition"], x.contiguous(), drop
         self.conditional = condition is not None
         if not self.conditional:

@@ -11,6 +11,7 @@ SOURCES = (
     "contrec_kernels.sampling",
     "contrec_kernels.sampling_steps",
     "contrec_fast.ops.denoise_gradients",
+    "contrec_fast.ops.denoise_steps",
     "contrec_fast.ops.triton_denoise",
 )
 
