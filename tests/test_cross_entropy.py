@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from loss_cases import ADVERSARIAL, Case, loop, random_case
 from model_cases import random_model, training_batch
 from ops_cases import needs_extension, refused
+from torch.autograd import forward_ad
 
 from contrec_fast import native, ops
 from contrec_fast.ops import cross_entropy_cpp, dispatch
@@ -159,6 +160,23 @@ def test_auto_takes_it_where_it_serves():
         random_case(2, 5, 3, torch.float64).call("cpp")
 
 
+def test_transformed():
+    """By torch.func or in forward mode: left to the reference."""
+    queries, vectors, targets = torch.randn(3, 4), torch.randn(5, 4), torch.arange(3)
+
+    def function(queries):
+        return ops.catalog_cross_entropy(queries, vectors, targets, 0.2)
+
+    leaf = queries.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda q: function(q).sum())(queries), expected)
+    torch.testing.assert_close(torch.func.vmap(function)(queries[None])[0], function(queries))
+    with forward_ad.dual_level():
+        found = function(forward_ad.make_dual(queries, torch.ones_like(queries)))
+        tangent = forward_ad.unpack_dual(found).tangent
+    torch.testing.assert_close(tangent.sum(), expected.sum())
+
+
 @needs_extension
 def test_training_takes_it():
     ranking = random_model().train()(training_batch(random_model(), 3, 8))["ranking"]
@@ -277,6 +295,7 @@ BAD = [
     (TypeError, "seen_rows", {"seen": LISTS, "seen_rows": ROWS.double()}),
     (ValueError, "seen_rows", {"seen": LISTS, "seen_rows": ROWS[:2]}),
     (ValueError, "seen", {"seen": ops.SeenLists.from_lists([[5]]), "seen_rows": ROWS}),
+    (ValueError, "vectors", {"queries": torch.ones(3, 0), "vectors": torch.ones(5, 0)}),
     (ValueError, "backend", {"backend": "fastest"}),
 ]
 

@@ -242,3 +242,25 @@ class SeenLists:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+
+def seen_arguments(
+    seen: SeenLists | None, seen_rows: Tensor | None, queries: Tensor, items: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Offsets, ids and rows of the lists to leave out, as operations over a catalog take them.
+
+    Raises:
+        TypeError, ValueError: one without the other, ids beyond the items, wrong dtype, shape or
+        device, in one line.
+    """
+    if (seen is None) != (seen_rows is None):
+        raise ValueError("seen, seen_rows: expected both or neither, got one")
+    if seen is None:
+        return None, None, None
+    if not isinstance(seen, SeenLists):
+        raise TypeError(f"seen: expected an ops.SeenLists, got {type(seen).__name__}")
+    check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
+    check("seen", seen.ids, ("M",), (torch.int64,), like=queries)
+    if seen.bound > items:
+        raise ValueError(f"seen: expected ids below {items}, got {seen.bound - 1}")
+    return seen.offsets, seen.ids, seen_rows

@@ -6,8 +6,8 @@ from torch import Tensor
 
 import contrec_fast.ops.cross_entropy_cpp  # noqa: F401, registers itself
 import contrec_fast.ops.triton_cross_entropy  # noqa: F401, likewise
-from contrec_fast.ops.catalog import SeenLists
-from contrec_fast.ops.checks import FLOATS, INTEGERS, check
+from contrec_fast.ops.catalog import SeenLists, seen_arguments
+from contrec_fast.ops.checks import FLOATS, check
 from contrec_fast.ops.dispatch import implements, resolve
 
 NO_INDEX = torch.iinfo(torch.int64).min
@@ -94,11 +94,11 @@ def catalog_cross_entropy(
     section 7, as torch.nn.functional.cross_entropy has it.)
 
     Differentiable in queries and vectors, once. Fused backends recompute tiles of logits instead
-    of writing the [B, N] matrix. The same call gives the same bits; on the CPU a query's loss and
-    gradient do in any batch.
+    of writing the [B, N] matrix. The same call gives the same bits; by the C++ extension, a query's
+    loss and gradient do in any batch.
 
     Args:
-        queries: [B, D]. vectors: [N, D] in the same dtype, N at least 1.
+        queries: [B, D]. vectors: [N, D] in the same dtype, N and D at least 1.
         targets: [B] int64 rows of `vectors`.
         temperature: positive. similarity: "cosine" (where rows shorter than 1e-12 are divided by
             that, as in torch.nn.functional.normalize) or "dot".
@@ -117,26 +117,17 @@ def catalog_cross_entropy(
     check("queries", queries, ("B", "D"), FLOATS)
     check("vectors", vectors, ("N", queries.shape[1]), (queries.dtype,), like=queries)
     check("targets", targets, (len(queries),), (torch.int64,), like=queries)
-    if len(vectors) == 0:
-        raise ValueError("vectors: expected at least one item, got an empty catalog")
+    if vectors.numel() == 0:
+        raise ValueError(f"vectors: expected at least one item, got {list(vectors.shape)}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"similarity: expected 'cosine' or 'dot', got {similarity!r}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: expected 0 to below 1, got {label_smoothing}")
-    if (seen is None) != (seen_rows is None):
-        raise ValueError("seen, seen_rows: expected both or neither, got one")
-    if seen is not None:
-        if not isinstance(seen, SeenLists):
-            raise TypeError(f"seen: expected an ops.SeenLists, got {type(seen).__name__}")
-        check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
-        check("seen", seen.ids, ("M",), (torch.int64,), like=queries)
-        if seen.bound > len(vectors):
-            raise ValueError(f"seen: expected ids below {len(vectors)}, got {seen.bound - 1}")
     arguments = (
         queries, vectors, targets, float(temperature), similarity, float(label_smoothing),
-        None if seen is None else seen.offsets, None if seen is None else seen.ids, seen_rows,
+        *seen_arguments(seen, seen_rows, queries, len(vectors)),
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.contrec.catalog_cross_entropy(*arguments, backend)

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from contrec_fast import native
-from contrec_fast.ops.catalog import Catalog, SeenLists, fixed_order_sum, norms_of, scan_of
-from contrec_fast.ops.checks import FLOATS, INTEGERS, check
+from contrec_fast.ops.catalog import (
+    Catalog,
+    SeenLists,
+    fixed_order_sum,
+    norms_of,
+    scan_of,
+    seen_arguments,
+)
+from contrec_fast.ops.checks import FLOATS, check
 from contrec_fast.ops.dispatch import CPP, implements, resolve
 
 LARGEST_BONUS = 1e30  # so that scores and their bounds fit float32
@@ -53,7 +60,7 @@ def _cosine_topk(
 
     def search(rows: Tensor, candidates: int):
         """Fill in the lists of some queries from this many candidates each."""
-        bounds = torch.empty((len(rows), count), device=queries.device)
+        bounds = torch.empty((len(rows), count), dtype=torch.float32, device=queries.device)
         width = max(1, CONVERT_ELEMENTS // dim)
         asked = query_scan[rows].float()
         with torch.autocast(queries.device.type, enabled=False):
@@ -165,19 +172,10 @@ def search_arguments(queries, catalog, k, matched, pi, seen, seen_rows) -> tuple
             raise ValueError(
                 f"matched: expected at least {catalog.num_groups} groups, got {matched.shape[1]}"
             )
-    if (seen is None) != (seen_rows is None):
-        raise ValueError("seen, seen_rows: expected both or neither, got one")
-    if seen is not None:
-        if not isinstance(seen, SeenLists):
-            raise TypeError(f"seen: expected an ops.SeenLists, got {type(seen).__name__}")
-        check("seen_rows", seen_rows, (len(queries),), INTEGERS, like=queries)
-        check("seen", seen.ids, ("M",), (torch.int64,), like=queries)
-        if seen.bound > len(catalog):
-            raise ValueError(f"seen: expected ids below {len(catalog)}, got {seen.bound - 1}")
+    lists = seen_arguments(seen, seen_rows, queries, len(catalog))
     return (
         queries.detach(), catalog.vectors, catalog.norms, catalog.scan, catalog.errors,
-        catalog.groups, catalog.eligible, k, matched, float(pi),
-        None if seen is None else seen.offsets, None if seen is None else seen.ids, seen_rows,
+        catalog.groups, catalog.eligible, k, matched, float(pi), *lists,
     )  # fmt: skip
 
 
