@@ -8,10 +8,6 @@
 #include <string>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "cpu/features.h"
 
 namespace contrec::cpu {
@@ -26,14 +22,6 @@ constexpr Int kParallelFrom = 1 << 20;   // products; fewer do not repay waking 
 constexpr Int kAlignment = 64;
 
 Int round_up(Int value, Int unit) { return (value + unit - 1) / unit * unit; }
-
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 const std::vector<CrossEntropyKernel>& kernels() {
   static const std::vector<CrossEntropyKernel> found = [] {

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "cpu/clones.h"
+#include "cpu/features.h"
 
 namespace contrec::cpu {
 namespace {
@@ -315,14 +316,14 @@ template <class Use>
 void for_chunks(const Batch& b, int times, Int widths, Use&& use) {
   const Int chunks = (b.rows + kChunk - 1) / kChunk, tasks = times * chunks;
   const int team = int(std::min<Int>(b.threads, tasks * b.width < 512 ? 1 : tasks));
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-    const std::unique_ptr<float[]> scratch(new float[std::size_t(widths * b.width)]);
-#pragma omp for schedule(static)
-    for (Int task = 0; task < tasks; ++task) {
-      const Int first = task % chunks * kChunk;
-      use(int(task / chunks), first, std::min(first + kChunk, b.rows), scratch.get());
-    }
+  // Outside of the threads, which nothing may be thrown in; a cache line lies between their parts.
+  const Int part = widths * b.width + 16;
+  const std::unique_ptr<float[]> scratch(new float[std::size_t(team * part)]);
+#pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
+  for (Int task = 0; task < tasks; ++task) {
+    const Int first = task % chunks * kChunk;
+    use(int(task / chunks), first, std::min(first + kChunk, b.rows),
+        scratch.get() + thread_number() * part);
   }
 }
 

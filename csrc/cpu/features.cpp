@@ -78,6 +78,14 @@ int openmp_max_threads() {
 #endif
 }
 
+int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 const char* compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;

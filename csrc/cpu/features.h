@@ -23,6 +23,9 @@ bool has_openmp();
 // Threads a parallel region uses by default; 1 without OpenMP.
 int openmp_max_threads();
 
+// The calling thread's number in the innermost parallel region; 0 outside and without OpenMP.
+int thread_number();
+
 // Compiler name and version, for example "gcc 12.2.0".
 const char* compiler();
 

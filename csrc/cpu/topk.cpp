@@ -7,10 +7,7 @@
 #include <string>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "cpu/features.h"
 #include "cpu/topk_candidates.h"
 #include "cpu/topk_exact.h"
 #include "cpu/topk_scan.h"
@@ -25,14 +22,6 @@ constexpr std::int64_t kPieceElements = 8192;       // of the scan copy, to stay
 constexpr std::int64_t kTileMultiple = 30;          // of every kernel's kTileItems
 constexpr std::int64_t kPiecesPerTask = 16;
 constexpr std::int64_t kParallelFrom = 1 << 20;     // products; fewer do not repay waking threads
-
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 const ScanKernel& kernel_named(const char* name) {
   int count;
