@@ -46,14 +46,18 @@ class Rows:
         self.found.setdefault(bucket, []).append(speedup)
         self._write()
 
-    def _write(self) -> None:
-        complete = [
+    @property
+    def complete(self) -> list[dict]:
+        """The rows so far."""
+        return [
             self.common | {"bucket": bucket, "source": self.source, "speedup": round(min(cases), 3)}
             for bucket, cases in self.found.items()
             if len(cases) == self.planned[bucket]
         ]
+
+    def _write(self) -> None:
         if self.path is not None:
-            write_rows(self.path, complete)
+            write_rows(self.path, self.complete)
 
 
 def architecture() -> str:

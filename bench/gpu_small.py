@@ -1,5 +1,5 @@
-"""The Triton kernels of `sample` and `cosine_topk` once each, for tools that look over a kernel's
-shoulder: compute-sanitizer and ncu (`triton_tools.py` runs both).
+"""The Triton kernels once each, for tools that look over a kernel's shoulder: compute-sanitizer and
+ncu (`triton_tools.py` runs both).
 
     python bench/gpu_small.py odd|hot
 
@@ -11,13 +11,14 @@ import argparse
 import sys
 
 import torch
-from cpu_sample import LIMITS
+from cpu_sample import DTYPES, LIMITS
 from gpu_sample import FORMS, KINDS
 from gpu_sample import Case as SampleCase
 from gpu_timing import device_here
 from gpu_topk import GROUPS
 from gpu_topk import Case as TopKCase
 from torch_timing import report
+from training_cases import Case, CrossEntropy, Denoise, Gather, GatherBackward
 
 from contrec_fast import ops
 
@@ -34,6 +35,16 @@ def top_k(batch, items, dim, k, device) -> TopKCase:
     return TopKCase(ops.Catalog(torch.randn(items, dim, device=device), groups), batch, k)
 
 
+def training(device, dtype, gather, loss, mlp, adaln) -> list[Case]:
+    """The operations of training at such shapes: each kernel at least once."""
+    both = False, True
+    cases = [Gather(gather, dtype, device, factored) for factored in both]
+    cases += [GatherBackward(gather, dtype, device, of_text=True)]
+    cases += [CrossEntropy(loss, dtype, device)]
+    cases += [Denoise("mlp", mlp, dtype, device, guided, train=True) for guided in both]
+    return [*cases, Denoise("adaln", adaln, dtype, device, guided=True, train=True)]
+
+
 def odd(device: torch.device) -> bool:
     """Whether all were right."""
     right = True
@@ -42,6 +53,12 @@ def odd(device: torch.device) -> bool:
         if compiled or batch == 3:
             verified = top_k(batch, items, dim, k, device).right()
             report("cosine_topk", batch=batch, items=items, dim=dim, k=k, verified=verified)
+            right &= verified
+    for name in ("fp32", "bf16") if compiled else ("fp32",):
+        shapes = (3, 43, 33), (127, 33, 3), (33, 3), (35, 3)
+        for case in training(device, DTYPES[name], *shapes):
+            verified = case.right()
+            report(case.name, shape=case.shape, dtype=name, verified=verified)
             right &= verified
     for kind in KINDS:  # the form with a barrier comes last
         for dtype in ("fp32", "bf16") if compiled else ("fp32",):
@@ -69,6 +86,11 @@ def hot(device: torch.device) -> bool:
     sampler("adaln", "bf16", users // 4 + 1, dim, device, width=2 * dim).kernels()
     for batch in (1, users // 16 + 1):
         top_k(batch, items, dim, 20, device).search()
+    sizes = (256, 400, 2048), (100_000, 512, 1024), (512, 4096), (1024, 4096)
+    if device.type != "cuda":
+        sizes = (1, 3, 5), (9, 3, 1), (3, 1), (4, 1)
+    for case in training(device, torch.bfloat16, *sizes):
+        case.results(case.function("triton"))
     return True
 
 

@@ -16,7 +16,9 @@ from check_tools import run
 
 SMALL = str(Path(__file__).with_name("gpu_small.py"))
 KERNELS = "sample_maxima|mark_candidates|collect|rescore|finish|update|mlp_.*|adaln_.*"
-LAUNCHES = 60
+KERNELS += "|copy_rows|multiply_rows|sum_chunks|sum_partials|losses|query_gradients"
+KERNELS += "|vector_gradients|hidden|modulate.*|expand.*|residual.*"
+LAUNCHES = 120
 METRICS = {
     "gpu__time_duration.sum": "microseconds",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "percent_of_compute",
