@@ -72,12 +72,18 @@ part triton-topk 90 python3 bench/gpu_topk.py --out "$out/gpu-topk.json" \
 part triton-sample 120 python3 bench/gpu_sample.py --out "$out/gpu-sample.json" \
   --rows "$out/rows-sample.json" --dims 512 64 --steps 200 3 --batches 1 64 4096 \
   --forms persistent persistent-pre step step-pre
+part triton-training 120 python3 bench/gpu_training.py --out "$out/gpu-training.json" \
+  --rows "$out/rows-training.json" --dtypes bf16 --mlp 512x4096 --adaln 1024x4096 \
+  --cross-entropy 100000x64x1024 1000000x64x256 1000000x512x1024
+part triton-training-fp32 60 python3 bench/gpu_training.py --out "$out/gpu-training-fp32.json" \
+  --rows "$out/rows-training-fp32.json" --dtypes fp32 --operations cross-entropy \
+  --cross-entropy 100000x64x1024 1000000x64x256 1000000x512x1024
 part triton-cooperative 40 python3 bench/gpu_sample.py --out "$out/gpu-cooperative.json" \
   --rows "$out/rows-cooperative.json" --dims 512 --steps 200 3 --batches 1 64 \
   --forms cooperative-pre
 part tests-cooperative 30 python3 -m pytest -q -m gpu -k cooperative tests
-part triton-memcheck 60 python3 bench/triton_tools.py compute-sanitizer
-part triton-ncu 40 python3 bench/triton_tools.py ncu
+part triton-memcheck 90 python3 bench/triton_tools.py compute-sanitizer
+part triton-ncu 60 python3 bench/triton_tools.py ncu
 part torch-sampler-compile 100 python3 bench/torch_sampler.py --compile
 part tool-ncu 30 python3 bench/check_tools.py ncu "$scratch/tool_sample"
 part tool-compute-sanitizer 30 python3 bench/check_tools.py compute-sanitizer "$scratch/tool_sample"

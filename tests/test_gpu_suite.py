@@ -95,6 +95,8 @@ esac
 case "$1" in
   bench/gpu_topk.py) set -- "$@" --dims 8 --batches 1 --items 129 --repeats 1;;
   bench/gpu_sample.py) set -- "$@" --dims 8 --batches 1 --steps 1 --repeats 1 --dtypes fp32;;
+  bench/gpu_training.py) set -- "$@" --gather 1x3x5 --cross-entropy 9x3x1 --mlp 3x1 --adaln 4x1 \
+    --repeats 1 --dtypes fp32;;
 esac
 exec "$REAL_PYTHON" "$@"
 """,
@@ -105,12 +107,13 @@ PARTS = ["environment", "compile-probes"]
 PARTS += [f"probe-{name}" for name in "clusters barriers dsmem wgmma multicast".split()]
 PARTS += [f"probe-{name}" for name in "elementwise graph copy".split()]
 PARTS += ["torch-rates", "torch-sampler", "torch-topk", "build", "import-extension", "tests-gpu"]
-PARTS += ["triton-topk", "triton-sample", "triton-cooperative", "tests-cooperative"]
-PARTS += ["triton-memcheck", "triton-ncu"]
+PARTS += ["triton-topk", "triton-sample", "triton-training", "triton-training-fp32"]
+PARTS += ["triton-cooperative", "tests-cooperative", "triton-memcheck", "triton-ncu"]
 PARTS += ["torch-sampler-compile", "tool-ncu", "tool-compute-sanitizer", "tool-nsys", "tests"]
 # What the parts of the Triton kernels write.
+SAMPLE_AND_TOPK, TRAINING = ("topk", "sample", "cooperative"), ("training", "training-fp32")
 MEASURED = {
-    f"{kind}-{name}.json" for kind in ("gpu", "rows") for name in ("topk", "sample", "cooperative")
+    f"{kind}-{name}.json" for kind in ("gpu", "rows") for name in (*SAMPLE_AND_TOPK, *TRAINING)
 }
 
 
@@ -187,7 +190,7 @@ def test_every_command_line_runs(dry_run):
         return
     out = stubs.parent / "out"
     assert MEASURED == {path.name for path in out.iterdir()} - {"log.txt", "results.json"}
-    for name in ("topk", "sample", "cooperative"):
+    for name in SAMPLE_AND_TOPK:
         measured = json.loads((out / f"gpu-{name}.json").read_text())["results"]
         for case in measured:
             assert case["percent_of_floor"] > 0 and case["x_torch"] > 0 and case["x_graph"] > 0
@@ -197,9 +200,17 @@ def test_every_command_line_runs(dry_run):
         assert ("triton cooperative-pre" in backends) == (name == "cooperative")
         for row in json.loads((out / f"rows-{name}.json").read_text()):
             assert dispatch_table.flaw(row) == "measured on no GPU"
+    for name in TRAINING:
+        measured = json.loads((out / f"gpu-{name}.json").read_text())["results"]
+        assert {case["backend"] for case in measured} >= {"triton", "reference", "compile"}
+        for case in measured:
+            assert case["percent_of_floor"] > 0 and case["x_torch"] > 0 and case["x_compile"] > 0
+        rows = json.loads((out / f"rows-{name}.json").read_text())
+        assert {row["bucket"] for row in rows} == {case["bucket"] for case in measured}
+        assert {dispatch_table.flaw(row) for row in rows} == {"measured on no GPU"}
     checked = results["parts"]["triton-memcheck"]["figures"]
     assert checked[-1] == {"case": "memcheck", "errors": 0, "exit_status": 0}
-    assert len(checked) > 9 and all(figure["verified"] for figure in checked[:-1])
+    assert len(checked) > 16 and all(figure["verified"] for figure in checked[:-1])
     profiled = results["parts"]["triton-ncu"]["figures"]
     assert profiled == [{"case": "mlp_hidden", "microseconds": 1.5}]
 
