@@ -55,7 +55,7 @@ def odd(device: torch.device) -> bool:
             report("cosine_topk", batch=batch, items=items, dim=dim, k=k, verified=verified)
             right &= verified
     for name in ("fp32", "bf16") if compiled else ("fp32",):
-        shapes = (3, 43, 33), (127, 33, 3), (33, 3), (35, 3)
+        shapes = (3, 43, 33), (127, 33, 3), (33, 3), (35, 1, 3)
         for case in training(device, DTYPES[name], *shapes):
             verified = case.right()
             report(case.name, shape=case.shape, dtype=name, verified=verified)
@@ -86,9 +86,9 @@ def hot(device: torch.device) -> bool:
     sampler("adaln", "bf16", users // 4 + 1, dim, device, width=2 * dim).kernels()
     for batch in (1, users // 16 + 1):
         top_k(batch, items, dim, 20, device).search()
-    sizes = (256, 400, 2048), (100_000, 512, 1024), (512, 4096), (1024, 4096)
+    sizes = (256, 400, 2048), (100_000, 512, 1024), (512, 4096), (1024, 3, 4096)
     if device.type != "cuda":
-        sizes = (1, 3, 5), (9, 3, 1), (3, 1), (4, 1)
+        sizes = (1, 3, 5), (9, 3, 1), (3, 1), (4, 1, 1)
     for case in training(device, torch.bfloat16, *sizes):
         case.results(case.function("triton"))
     return True

@@ -73,7 +73,7 @@ part triton-sample 120 python3 bench/gpu_sample.py --out "$out/gpu-sample.json" 
   --rows "$out/rows-sample.json" --dims 512 64 --steps 200 3 --batches 1 64 4096 \
   --forms persistent persistent-pre step step-pre
 part triton-training 120 python3 bench/gpu_training.py --out "$out/gpu-training.json" \
-  --rows "$out/rows-training.json" --dtypes bf16 --mlp 512x4096 --adaln 1024x4096 \
+  --rows "$out/rows-training.json" --dtypes bf16 --mlp 512x4096 --adaln 1024x3x4096 \
   --cross-entropy 100000x64x1024 1000000x64x256 1000000x512x1024
 part triton-training-fp32 60 python3 bench/gpu_training.py --out "$out/gpu-training-fp32.json" \
   --rows "$out/rows-training-fp32.json" --dtypes fp32 --operations cross-entropy \

@@ -19,7 +19,7 @@ from contrec_fast.ops import dispatch
 from contrec_fast.ops.denoise import describe
 
 WORDS, CATALOG, SHOWN = 32_000, 10_000, 20  # words; items, and how many of them a prompt shows
-STEPS, DEPTH, ROTATED = 200, 3, 4
+STEPS, ROTATED = 200, 4
 EXACT_QUERIES = 64  # whose logits are held in float64 at once
 # Gradients are sums over many rows that partly cancel.
 UNITS = {torch.float32: 64 * 2.0**-24, torch.bfloat16: 8 * 2.0**-9}
@@ -231,16 +231,19 @@ def has_liger() -> bool:
 class Denoise(Case):
     """Forward alone or, with `train`, all gradients, as the diffusion loss has them (guidance 0,
     a tenth of the conditions dropped, t [B]) or, if guided, those of an unrolled sampler (guidance
-    2, t [1], the gradient of x, too); shape: D, B of an mlp, W, B of an adaln with D = W / 2."""
+    2, t [1], the gradient of x, too); shape: D, B of an mlp, W, depth, B of an adaln, D = W / 2."""
 
     operation = "denoise"
 
     def __init__(self, kind: str, shape, dtype, device, guided: bool, train: bool):
         self.name = f"denoise {kind} {'train' if train else 'forward'}"
-        self.dtype, self.train, (size, batch) = dtype, train, shape
-        dim, width = (size, 0) if kind == "mlp" else (max(1, size // 2), size)
+        self.dtype, self.train, (size, *depth, batch) = dtype, train, shape
+        if kind == "mlp":
+            dim, width, depth = size, 0, 0
+        else:
+            dim, width, (depth,) = max(1, size // 2), size, depth
         self.shape = f"B={batch} D={dim} {'guided' if guided else 'dropout'}"
-        denoiser = make(kind, dim, width, DEPTH).to(device, dtype).requires_grad_(train)
+        denoiser = make(kind, dim, width, depth).to(device, dtype).requires_grad_(train)
         weights = list(denoiser.parameters())
         pairs = torch.randn(2, ROTATED, batch, dim, device=device, dtype=dtype)
         x, condition = (values[0].clone() for values in pairs)
@@ -252,10 +255,10 @@ class Denoise(Case):
         )  # fmt: skip
         self.turning = [(x, pairs[0]), (condition, pairs[1])]
         self.outward = torch.randn(batch, dim, device=device, dtype=dtype)
-        sizes = argparse.Namespace(dim=dim, width=width, depth=DEPTH, steps=1, users=batch)
+        sizes = argparse.Namespace(dim=dim, width=width, depth=depth, steps=1, users=batch)
         forward = operations(kind, sizes)  # of both branches of the guidance
         if kind == "adaln" and not guided:
-            forward -= 4 * batch * DEPTH * width**2
+            forward -= 4 * batch * depth * width**2
         of_x = 0 if guided else 2 * batch * dim * (width or 2 * dim)
         self.flops = float(3 * forward - of_x if train else forward)
         vectors = 3 + train * (2 + guided)

@@ -95,7 +95,7 @@ esac
 case "$1" in
   bench/gpu_topk.py) set -- "$@" --dims 8 --batches 1 --items 129 --repeats 1;;
   bench/gpu_sample.py) set -- "$@" --dims 8 --batches 1 --steps 1 --repeats 1 --dtypes fp32;;
-  bench/gpu_training.py) set -- "$@" --gather 1x3x5 --cross-entropy 9x3x1 --mlp 3x1 --adaln 4x1 \
+  bench/gpu_training.py) set -- "$@" --gather 1x3x5 --cross-entropy 9x3x1 --mlp 3x1 --adaln 4x1x1 \
     --repeats 1 --dtypes fp32;;
 esac
 exec "$REAL_PYTHON" "$@"
