@@ -90,7 +90,8 @@ case "$1" in
     export TORCHDYNAMO_DISABLE=1;;
   bench/torch_topk.py) set -- "$@" --device cpu --items 129 --dim 8 --k 5 --batches 1 3 --chunk 2;;
   bench/gpu_*|bench/triton_*) [ -z "$INTERPRETER" ] && echo '{"case": "stub"}' && exit 0
-    export TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES=;;
+    export TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES=
+    export PYTHONPATH="$STUBS/interpreter:$PYTHONPATH";;
 esac
 case "$1" in
   bench/gpu_topk.py) set -- "$@" --dims 8 --batches 1 --items 129 --repeats 1;;
@@ -133,6 +134,11 @@ def dry_run(tmp_path):
             if name not in missing:
                 (stubs / name).write_text(f"#!/bin/sh\n{body}")
                 (stubs / name).chmod(0o755)
+        (stubs / "interpreter").mkdir(exist_ok=True)
+        (stubs / "interpreter" / "sitecustomize.py").write_text(
+            f"import sys; sys.path.append({str(ROOT / 'tests')!r})\n"
+            "import conftest; conftest.repair_interpreter()\n"
+        )
         settings = {
             "PATH": f"{stubs}:{tools}",  # nothing else: a missing stub is a missing tool
             "CUDA_HOME": str(stubs / "none"),
