@@ -53,16 +53,19 @@ def copy_rows(
     word = tl.load(token_ids + position, mask=inside & is_text, other=0).to(tl.int64)
     if FACTORED:
         inside &= is_text
-        source = text + word * WIDTH
-    else:
-        source = tl.where(is_text, text + word * WIDTH, tokens + row * WIDTH)
     place = place_of(out, position, length, batch_stride, position_stride)
     for first in tl.static_range(0, WIDTH, COLUMNS):
         column = first + tl.arange(0, COLUMNS)[None, :]
         wanted = inside[:, None]
         if first + COLUMNS > WIDTH:
             wanted &= column < WIDTH
-        values = tl.load(source[:, None] + column, mask=wanted)
+        # Two loads and no choice of pointers, which triton 3.9 would load element by element.
+        of_text = wanted & is_text[:, None]
+        values = tl.load(text + word[:, None] * WIDTH + column, mask=of_text, other=0)
+        if not FACTORED:
+            of_tokens = wanted & (row != -1)[:, None]
+            found = tl.load(tokens + row[:, None] * WIDTH + column, mask=of_tokens, other=0)
+            values = tl.where(is_text[:, None], values, found)
         tl.store(place[:, None] + column, values, mask=wanted)
 
 
