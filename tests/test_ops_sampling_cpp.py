@@ -108,8 +108,9 @@ def test_rows_are_all_written_and_nothing_else(kind, monkeypatch):
     plan = ops.plan_sampling(make_denoiser(kind, 13, torch.float32), timesteps=9)
     condition, held = torch.randn(7, 13), []
 
-    def poisoned(*shape):
-        held.append(torch.full((torch.Size(shape).numel() + 64,), torch.nan))
+    def poisoned(*shape, **options):
+        shape = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
+        held.append(torch.full((shape.numel() + 64,), torch.nan, **options))
         return held[-1][:-64].view(shape)
 
     expected = run(plan, ALL[-1], condition, samples=2)
