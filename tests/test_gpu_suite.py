@@ -173,7 +173,9 @@ def statuses(results):
 
 def test_every_command_line_runs(dry_run):
     process, results, stubs = dry_run()
-    problems = {n: p["tail"] for n, p in results["parts"].items() if p["status"] != "ok"}
+    problems = {
+        n: (p["reason"], p["tail"]) for n, p in results["parts"].items() if p["status"] != "ok"
+    }
     assert not problems, problems
     assert process.returncode == 0, process.stdout + process.stderr
     assert results["environment"]["gpu"]["name"] == "Stub GPU"
