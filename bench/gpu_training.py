@@ -125,6 +125,7 @@ def main() -> int:
             parser.add_argument(f"--{name}", dest=name, nargs="+", **kind)
     parser.add_argument("--repeats", type=positive, default=15)
     asked = parser.parse_args()
+    torch.manual_seed(0)
     device = device_here(parser)
     bandwidth, rate = ceilings(device)
     print(f"copy {bandwidth / 1e9:.0f} GB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
