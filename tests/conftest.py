@@ -107,6 +107,8 @@ def repair_interpreter():
 
     bfloat16 is held as raw bits: products multiply these, and casts to it cut instead of rounding.
     An exclusive or over an axis, of which its sort consists, takes a Python call per element.
+    Numpy sums a product of float32 in an order that depends on the shape, as a processor's matrix
+    unit does not: sums are kept in float64 here, and rounded when added.
     A truth value spread over a block becomes 32-bit integers, which 3.9 refuses as a mask.
     """
     from triton import language as tl
@@ -123,7 +125,10 @@ def repair_interpreter():
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
     def create_dot(self, a, b, d, *options):
-        return dot(self, widened(a), widened(b), d, *options)
+        if d.dtype.scalar != tl.float32:
+            return dot(self, a, b, d, *options)
+        a, b = (widened(part).data.astype(np.float64) for part in (a, b))
+        return interpreter.TensorHandle((a @ b + d.data).astype(np.float32), tl.float32)
 
     def cast_impl(self, source, target):
         kinds = source.dtype.scalar, target.scalar

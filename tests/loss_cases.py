@@ -47,8 +47,7 @@ class Case:
         """`call(case)` errs at most twice as much as plain PyTorch, and a few units.
 
         A unit of a loss is one of the logits it is a difference of. Of a gradient, it is one of
-        the rows that it is a sum of, and what a unit of the largest logit makes of it, for logits
-        are made again, and may be rounded otherwise than those that the loss was made of.
+        the rows that it is a sum of, and what a unit of the logits makes of it.
         """
         dtype, (similarity, temperature, _) = self.queries.dtype, self.options
         results = call(self), self.call("reference"), self.call("reference", torch.float64)
@@ -60,15 +59,14 @@ class Case:
                 [loss, *(part * scale for part, scale in zip(parts, scales))]
                 for loss, *parts in results
             ]
-        logits = rows[0] @ rows[1].T / temperature
-        logit, largest = rms(logits), float(logits.abs().max()) if logits.numel() else 0.0
+        logit = rms(rows[0] @ rows[1].T) / temperature
         gradient = float(self.gradient.to(dtype).double().norm()) / temperature
         terms = [logit * len(self.queries) ** 0.5]
         terms += [gradient * rms(part) * part.shape[1] ** 0.5 for part in rows[::-1]]
         unit = torch.finfo(dtype).eps
         for number, (ours, theirs, right) in enumerate(zip(*results)):
             error, plain = float((ours - right).norm()), float((theirs - right).norm())
-            few = 8 * terms[number] + (8 + largest * (number > 0)) * float(right.norm())
+            few = 8 * terms[number] + (8 + logit * (number > 0)) * float(right.norm())
             bound = (2 * plain if math.isfinite(plain) else 0.0) + unit * few
             assert error <= bound, f"result {number}: error {error}, plain {plain}, bound {bound}"
 

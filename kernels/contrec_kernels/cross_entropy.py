@@ -222,7 +222,8 @@ def vector_gradients(
         even = tl.load(evens + real)
         out = tl.load(losses_gradient + real, mask=row < B, other=0.0)
         logits = products(held, vectors, some, queries, real, D, DEPTH, PRECISION)
-        logits = logits * scale[:, None] * other_scale[None, :]
+        # In the other kernels' order: rounded as the logits that the peaks were made of.
+        logits = logits * other_scale[None, :] * scale[:, None]
         is_target = item[:, None] == target[None, :]
         weight = tl.exp(logits - peak[None, :]) * inverse[None, :] - even[None, :]
         if SEEN:
