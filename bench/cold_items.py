@@ -21,7 +21,7 @@ import torch
 from bench.reporting import environment
 from contrec_fast.config import apply_overrides
 from contrec_fast.data import Dataset, Items, read_data
-from contrec_fast.engine import Recommender
+from contrec_fast.engine import Engine
 from contrec_fast.environment import default_device
 from contrec_fast.evaluation.metrics import rank_metrics
 from contrec_fast.presets import preset
@@ -61,11 +61,11 @@ def judge(model, known: Dataset, cases: list[tuple[np.ndarray, int]]) -> dict[st
     they push themselves forward)."""
     warm = len(known.items)
     crowd = Dataset(model.dataset.items, known.user_ids, known.histories, known.targets)
-    everybody = Recommender(model, crowd).recommend(np.arange(len(crowd.user_ids)), 10).ids
+    everybody = Engine(model, crowd).recommend(np.arange(len(crowd.user_ids)), 10).ids
     names = [f"case {number}" for number in range(len(cases))]
     targets = np.array([target for _, target in cases])
     dataset = Dataset(model.dataset.items, names, [history for history, _ in cases], targets)
-    recommender = Recommender(model, dataset)
+    recommender = Engine(model, dataset)
     rows = np.arange(len(cases))
     result = rank_metrics(recommender.recommend(rows, 10).ids, targets, (10,))
     recommender.catalog.eligible[:warm] = False

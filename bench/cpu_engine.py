@@ -10,7 +10,7 @@
 - torch: well-written PyTorch: users by length, 64 at a time (fastest of 16 to 128), padded to the
   longest of them, `generate` with the key-value cache and sdpa, the folded sampler, one product
   and `topk`.
-- engine: `Recommender`.
+- engine: `Engine`.
 
 All three sample as the release does (exp schedule, DDPM, guidance 2), and with the same noise. The
 engine's lists are compared with torch's, the texts and conditions of all three with each other.
@@ -38,7 +38,7 @@ from contrec_fast import ContRec, ops
 from contrec_fast.config import apply_overrides
 from contrec_fast.data import synthetic_shop
 from contrec_fast.data.prompts import PromptBatch
-from contrec_fast.engine import Recommender
+from contrec_fast.engine import Engine
 from contrec_fast.ops.noise import philox_normal
 from contrec_fast.presets import demo_config
 
@@ -51,7 +51,7 @@ TORCH_BATCH = 64
 class Ways:
     """The three ways to the lists of some rows of a recommender's dataset."""
 
-    def __init__(self, recommender: Recommender, k: int):
+    def __init__(self, recommender: Engine, k: int):
         self.engine, self.k = recommender, k
         model, self.dataset = recommender.model, recommender.dataset
         self.model, head = model, model.config.head
@@ -166,7 +166,7 @@ class Ways:
 class Stages:
     """Seconds that the engine spends in each of its parts, by wrapping what it calls."""
 
-    def __init__(self, recommender: Recommender):
+    def __init__(self, recommender: Engine):
         self.seconds = defaultdict(float)
         reader = recommender.reader
         decoder = reader._decoder
@@ -190,7 +190,7 @@ class Stages:
         return wrapped
 
 
-def load(args) -> Recommender:
+def load(args) -> Engine:
     if args.run:
         model = ContRec.from_pretrained(args.run)
     else:
@@ -201,7 +201,7 @@ def load(args) -> Recommender:
         raise SystemExit("RUN: expected denoiser mlp, source hidden, prediction x0, and texts")
     model = copy.copy(model)
     model.config = config
-    return Recommender(model, model.dataset)
+    return Engine(model, model.dataset)
 
 
 def check(found: dict, few: int) -> dict:

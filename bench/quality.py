@@ -22,7 +22,7 @@ import torch
 from bench.reporting import environment
 from contrec_fast.config import Config, apply_overrides
 from contrec_fast.data import Dataset, read_data
-from contrec_fast.engine import Recommender
+from contrec_fast.engine import Engine
 from contrec_fast.environment import default_device
 from contrec_fast.evaluation.baselines import BASELINES, fit_baselines
 from contrec_fast.evaluation.metrics import catalog_coverage, list_diversity, rank_metrics
@@ -79,7 +79,7 @@ VECTORS: dict[str, Callable] = {
 }
 
 
-class Probe(Recommender):
+class Probe(Engine):
     """A recommender whose vectors are made in another way, one of `VECTORS`."""
 
     def __init__(self, model: ContRec, dataset: Dataset, how: Callable):
@@ -103,7 +103,7 @@ def configure(variant: str, settings: list[str], seed: int) -> Config:
     return apply_overrides(config, [*settings, *rest, f"seed={seed}"])
 
 
-def lists_of(recommender: Recommender, rows: np.ndarray):
+def lists_of(recommender: Engine, rows: np.ndarray):
     found = recommender.recommend(rows, CUTOFF)
     assert np.isfinite(found.scores[found.ids >= 0]).all(), "scores that are not finite"
     return found
@@ -123,13 +123,13 @@ def measure(variant, config, dataset: Dataset, vectors, lists: Path, progress, p
     model = train(dataset, config, progress)
     minutes = (time.perf_counter() - started) / 60
     rows = np.arange(len(dataset.targets))
-    found = lists_of(Recommender(model, dataset), rows)
+    found = lists_of(Engine(model, dataset), rows)
     name = f"{variant}-{config.seed}"
     np.save(lists / f"{name}.npy", found.ids)
     result = {"minutes": minutes, "metrics": beyond(found.ids, dataset, vectors)}
     others = {}
     if config.prompt.text != "none" and config.head.source == "hidden":
-        others["without text"] = Recommender(model, dataset, text=False)
+        others["without text"] = Engine(model, dataset, text=False)
         named = others["without text"].matcher.match(found.texts).any(1)
         result["names a category"] = float(named.float().mean())
     if probes:
@@ -137,7 +137,7 @@ def measure(variant, config, dataset: Dataset, vectors, lists: Path, progress, p
     found = {label: lists_of(recommender, rows).ids for label, recommender in others.items()}
     for label, settings in AT_INFERENCE.items() if probes else ():
         model.config = apply_overrides(config, list(settings))
-        found[label] = lists_of(Recommender(model, dataset), rows).ids
+        found[label] = lists_of(Engine(model, dataset), rows).ids
     result["at inference"] = {label: beyond(ids, dataset, vectors) for label, ids in found.items()}
     return result
 

@@ -8,6 +8,8 @@ _MODULES = {
     "Config": "config",
     "ContRec": "models.contrec",
     "Head": "engine",
+    "Recommender": "engine",
+    "accelerate": "engine.accelerate",
     "apply_overrides": "config",
     "preset": "presets",
     "read_data": "data",

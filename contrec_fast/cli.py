@@ -194,12 +194,13 @@ def recommend(
                 for part in users
             ]
             listed = [user for part in parts for user in part]
+        from contrec_fast.engine import Recommender
+
+        recommender = Recommender(model)
         with ProgressBars() as progress:
             if out.suffix == ".parquet":
-                from contrec_fast.engine import write_lists
-
-                return write_lists(model, out, listed, new, k, progress=progress)
-            table = model.recommend(users=listed, histories=new, k=k, progress=progress)
+                return recommender.write_lists(out, listed, new, k, progress=progress)
+            table = recommender.recommend(listed, new, k, progress)
         write_table(table, out)
 
 
@@ -302,7 +303,7 @@ def _evaluate(run: Path, baselines: str) -> None:
         expected = ", ".join(names.BASELINE_SETS)
         raise ValueError(f"baselines: expected one of {expected}, got {baselines!r}")
     from contrec_fast.data.files import whole_file
-    from contrec_fast.engine import Recommender
+    from contrec_fast.engine import Engine
     from contrec_fast.evaluation.charts import NAMES, bar_chart
     from contrec_fast.evaluation.protocol import evaluate as measure
     from contrec_fast.evaluation.protocol import keep_baselines, read_metrics
@@ -311,7 +312,7 @@ def _evaluate(run: Path, baselines: str) -> None:
     before = read_metrics(run / "metrics.json")
     model = _load(run)
     with ProgressBars() as progress:
-        metrics = measure(Recommender(model, model.dataset), progress, baselines)
+        metrics = measure(Engine(model, model.dataset), progress, baselines)
     metrics = keep_baselines(metrics, before)
     with whole_file(run / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")

@@ -31,12 +31,12 @@ def test_a_model_with_new_items_can_be_changed():
 def test_new_items_share_recommenders(monkeypatch):
     made = []
 
-    class Counted(engine.Recommender):
+    class Counted(engine.Engine):
         def __init__(self, *arguments, **options):
             made.append(1)
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(engine, "Recommender", Counted)
+    monkeypatch.setattr(engine, "Engine", Counted)
     copy.deepcopy(random_model()).add_items(FRAME, CHOSEN)
     assert len(made) == 2  # for who chose them, and for who is to be offered them
 

@@ -16,7 +16,7 @@ from model_cases import (
 )
 from ops_cases import refused
 
-from contrec_fast.engine import Recommender
+from contrec_fast.engine import Engine
 from contrec_fast.models import cold_start
 from contrec_fast.models.cold_start import (
     PENALTIES,
@@ -163,7 +163,7 @@ def test_items_by_interactions_go_where_their_users_do(overrides, monkeypatch):
     pairs = {item: " ".join(shop.user_ids[row] for row in rows) for item, rows in users.items()}
     interactions = pd.concat([chosen_by(**{item: text}) for item, text in pairs.items()])
     vectors = extended(base, frame, interactions).item_vectors.detach()
-    recommender = Recommender(base, shop, text=False)
+    recommender = Engine(base, shop, text=False)
     for place, rows in enumerate(users.values()):
         mean = F.normalize(recommender.sample(rows)[0][0], dim=-1).mean(0)
         cosine = F.cosine_similarity(vectors[ITEMS + place], mean, dim=0)

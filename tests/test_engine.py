@@ -17,7 +17,7 @@ from model_cases import (
 from ops_cases import refused
 
 from contrec_fast import ops
-from contrec_fast.engine import Recommender, best_of_draws, stable_id
+from contrec_fast.engine import Engine, best_of_draws, stable_id
 
 USERS, ITEMS = 30, 60
 COLUMNS = ["user_id", "item_id", "title", "score", "rank", "matched", "text"]
@@ -25,12 +25,12 @@ COLUMNS = ["user_id", "item_id", "title", "score", "rank", "matched", "text"]
 
 @pytest.fixture(scope="module")
 def recommender():
-    return Recommender(trained_model(), small_shop())
+    return Engine(trained_model(), small_shop())
 
 
 def writing(model, texts):
     """A recommender whose reader writes these texts, a list by user row."""
-    recommender = Recommender(model, small_shop())
+    recommender = Engine(model, small_shop())
     honest = recommender.reader.write
     rows = {tuple(history.tolist()): row for row, history in enumerate(small_shop().histories)}
 
@@ -64,7 +64,7 @@ def test_shapes_and_order(recommender):
     ids=lambda overrides: ",".join(overrides) or "default",
 )
 def test_a_list_is_the_same_whatever_the_batch(overrides):
-    recommender = Recommender(random_model(*overrides), small_shop())
+    recommender = Engine(random_model(*overrides), small_shop())
     whole = recommender.recommend(range(USERS), 10)
     mixed = np.random.permutation(USERS)
     for rows, batch_size in (
@@ -83,16 +83,16 @@ def test_a_list_is_the_same_whatever_the_batch(overrides):
 
 def test_a_list_does_not_depend_on_the_other_users_of_the_dataset(recommender):
     rows = np.random.permutation(USERS)[:9]
-    part = Recommender(recommender.model, recommender.dataset.of_users(rows))
+    part = Engine(recommender.model, recommender.dataset.of_users(rows))
     lists, whole = part.recommend(range(9), 10), recommender.recommend(rows, 10)
     np.testing.assert_array_equal(lists.ids, whole.ids)
 
 
 def test_the_seed_and_the_user_id_key_the_noise(recommender):
     first = recommender.recommend(range(USERS), 10)
-    again = Recommender(recommender.model, recommender.dataset).recommend(range(USERS), 10)
+    again = Engine(recommender.model, recommender.dataset).recommend(range(USERS), 10)
     np.testing.assert_array_equal(first.scores, again.scores)
-    other = Recommender(recommender.model, recommender.dataset, seed=1)
+    other = Engine(recommender.model, recommender.dataset, seed=1)
     assert (other.recommend(range(USERS), 10).scores != first.scores).any(1).all()
 
 
@@ -114,7 +114,7 @@ def sampled(recommender, rows):
 def test_lists_rank_the_whole_catalog_by_the_best_draw(draws):
     """Cosine times the bonus, the highest of the draws, for every item that is not excluded."""
     model, rows = random_model(f"retrieval.draws={draws}"), np.array([3, 17])
-    recommender = Recommender(model, small_shop())
+    recommender = Engine(model, small_shop())
     lists = recommender.recommend(rows, ITEMS)
     with torch.inference_mode():
         vectors, texts = sampled(recommender, rows)
@@ -166,7 +166,7 @@ def test_items_left_out_never_outrank_negative_similarities():
     model.condition.weight.data.zero_()
     model.condition.bias.data.copy_(-away)
     model.bag.weight.data.zero_()
-    lists = Recommender(model, small_shop()).recommend(range(USERS), ITEMS)
+    lists = Engine(model, small_shop()).recommend(range(USERS), ITEMS)
     listed = lists.ids >= 0
     assert (lists.scores[listed] < -0.5).all() and (lists.scores[~listed] == -np.inf).all()
     for user, history in enumerate(small_shop().histories):
@@ -178,9 +178,9 @@ def test_without_filter_seen_everything_is_listed():
     off = copy.copy(on)
     off.config = copy.deepcopy(on.config)
     off.config.retrieval.filter_seen = False
-    everything = Recommender(off, small_shop()).recommend(range(USERS), ITEMS)
+    everything = Engine(off, small_shop()).recommend(range(USERS), ITEMS)
     assert (np.sort(everything.ids, axis=1) == np.arange(ITEMS)).all()
-    unseen = Recommender(on, small_shop()).recommend(range(USERS), ITEMS)
+    unseen = Engine(on, small_shop()).recommend(range(USERS), ITEMS)
     for user, history in enumerate(small_shop().histories):
         kept = [item for item in everything.ids[user] if item not in history]
         assert unseen.ids[user, : len(kept)].tolist() == kept
@@ -209,9 +209,9 @@ def test_items_that_the_text_names_get_the_bonus(recommender):
 
 
 def test_without_text_there_is_no_bonus(recommender):
-    latent = Recommender(recommender.model, small_shop(), text=False).recommend(range(5), ITEMS)
+    latent = Engine(recommender.model, small_shop(), text=False).recommend(range(5), ITEMS)
     assert latent.texts == [""] * 5 and not latent.matched.any()
-    none = Recommender(random_model("prompt.text=none"), small_shop()).recommend(range(5), 3)
+    none = Engine(random_model("prompt.text=none"), small_shop()).recommend(range(5), 3)
     assert none.texts == [""] * 5 and not none.matched.any()
 
 
@@ -219,7 +219,7 @@ def test_a_catalog_without_categories_is_served(recommender):
     shop = recommender.dataset
     items = dataclasses.replace(shop.items, categories=[""] * ITEMS)
     dataset = dataclasses.replace(shop, items=items)
-    lists = Recommender(recommender.model, dataset).recommend(range(3), 5)
+    lists = Engine(recommender.model, dataset).recommend(range(3), 5)
     assert not lists.matched.any() and (lists.ids >= 0).all()
 
 
@@ -253,7 +253,7 @@ def test_recommends_everybody_by_default():
     assert table["rank"].tolist() == [1, 2, 3, 4] * USERS
     assert (table["score"].dtype, table["matched"].dtype) == (np.float32, bool)
     assert pd.api.types.is_integer_dtype(table["rank"])
-    lists = Recommender(model, shop.complete()).recommend(range(USERS), 4)
+    lists = Engine(model, shop.complete()).recommend(range(USERS), 4)
     assert table.item_id.tolist() == [shop.items.ids[item] for item in lists.ids.flatten()]
     assert table.title.tolist() == [shop.items.titles[item] for item in lists.ids.flatten()]
     assert table.score.tolist() == lists.scores.flatten().tolist()
@@ -293,7 +293,7 @@ def test_the_held_out_item_is_read_and_left_out_in_serving_alone(filter_seen):
     model.config.retrieval.filter_seen = filter_seen
     targets = np.where(np.arange(USERS) % 5, shop.targets, -1)
     model.dataset = dataclasses.replace(shop, targets=targets)
-    blind = Recommender(model, model.dataset).recommend(range(USERS), ITEMS)
+    blind = Engine(model, model.dataset).recommend(range(USERS), ITEMS)
     served = {user: rows for user, rows in model.recommend(k=ITEMS).groupby("user_id")}
     for row, (user, history) in enumerate(zip(shop.user_ids, shop.histories)):
         ids, held_out = shop.items.ids, targets[row] >= 0

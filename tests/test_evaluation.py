@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from model_cases import Recorder, small_shop, trained_model
 
 from contrec_fast import names
-from contrec_fast.engine import Recommender
+from contrec_fast.engine import Engine
 from contrec_fast.evaluation import (
     BASELINES,
     Markov,
@@ -225,7 +225,7 @@ def shop_of_some_targets():
 def test_evaluate_skips_users_without_a_target(shop_of_some_targets, filter_seen, monkeypatch):
     shop, model = shop_of_some_targets, trained_model()
     monkeypatch.setattr(model.config.retrieval, "filter_seen", filter_seen)
-    recommender = Recommender(model, shop)
+    recommender = Engine(model, shop)
     result = evaluate(recommender, Recorder(), ["markov"])
     ids = recommender.recommend(np.arange(len(shop.targets)), 20).ids
     assert result["model"] == rank_metrics(ids, shop.targets)
@@ -236,7 +236,7 @@ def test_evaluate_skips_users_without_a_target(shop_of_some_targets, filter_seen
 
 
 def test_evaluate_knows_sets_of_baselines(shop_of_some_targets):
-    recommender = Recommender(trained_model(), shop_of_some_targets)
+    recommender = Engine(trained_model(), shop_of_some_targets)
     for choice, kinds in (("none", []), ("quick", ["popularity", "itemknn", "markov"])):
         assert list(evaluate(recommender, Recorder(), choice)["baselines"]) == kinds
     assert tuple(CHOICES) == names.BASELINE_SETS and CHOICES["all"] == tuple(BASELINES)

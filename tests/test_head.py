@@ -13,7 +13,7 @@ from ops_cases import refused
 from test_ops_capture import OneDevice
 
 from contrec_fast import Head, ops
-from contrec_fast.engine import Recommender, head, stable_id
+from contrec_fast.engine import Engine, head, stable_id
 from contrec_fast.models.latent import load_latent_path
 
 ITEMS = 60
@@ -35,7 +35,7 @@ def model(request):
 def inputs(model, rows):
     """Keyword arguments of a head's `sample` for users of the shop, as the model reads them."""
     shop, rows = small_shop(), list(rows)
-    recommender = Recommender(model, shop, text=False)
+    recommender = Engine(model, shop, text=False)
     batch = recommender.prompts.inference_batch([shop.histories[row] for row in rows])
     with torch.inference_mode():
         hidden = model.hidden_states(batch)[batch.read_row, batch.read_column].clone()
@@ -52,7 +52,7 @@ def rows_of(given, rows):
 
 def test_lists_are_the_recommenders(model):
     shop, rows = small_shop(), np.random.permutation(30)[:9]
-    head, recommender = Head.of(model, shop), Recommender(model, shop, text=False)
+    head, recommender = Head.of(model, shop), Engine(model, shop, text=False)
     seen_rows = None if head.seen is None else torch.from_numpy(rows)
     given = inputs(model, rows)
     scores, ids = head(**given, k=10, seen_rows=seen_rows)

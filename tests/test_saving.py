@@ -15,12 +15,12 @@ from model_cases import (
 )
 from ops_cases import refused
 
-from contrec_fast.engine import Recommender
+from contrec_fast.engine import Engine
 from contrec_fast.models.contrec import ContRec
 
 
 def recommendations(model):
-    lists = Recommender(model, small_shop()).recommend(range(7), 10)
+    lists = Engine(model, small_shop()).recommend(range(7), 10)
     return [lists.ids.tolist(), lists.scores.tolist(), lists.matched.tolist(), lists.texts]
 
 

@@ -5,17 +5,18 @@ import copy
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from model_cases import Recorder, trained_model
 from ops_cases import refused
 
-from contrec_fast.engine import Recommender, recommend, recommend_iter, write_lists
+from contrec_fast.engine import Engine, Recommender
 
 USERS, CHUNK = 30, 7
 
 
 @pytest.fixture(scope="module")
-def model():
-    return trained_model()
+def recommender():
+    return Recommender(trained_model())
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def served(monkeypatch):
     class Served(list):
         stop_after = None
 
-    served, honest = Served(), Recommender.recommend
+    served, honest = Served(), Engine.recommend
 
     def counted(self, rows, k):
         if len(served) == served.stop_after:
@@ -33,7 +34,7 @@ def served(monkeypatch):
         served.append(np.asarray(rows).tolist())
         return honest(self, rows, k)
 
-    monkeypatch.setattr(Recommender, "recommend", counted)
+    monkeypatch.setattr(Engine, "recommend", counted)
     return served
 
 
@@ -42,96 +43,103 @@ def left_behind(folder):
 
 
 @pytest.mark.parametrize("chunk", [1, CHUNK, USERS, 100])
-def test_chunks_have_the_rows_of_all_at_once(model, chunk):
-    whole = recommend(model, k=3)
-    tables = list(recommend_iter(model, k=3, chunk=chunk))
+def test_chunks_have_the_rows_of_all_at_once(recommender, chunk):
+    whole = recommender.recommend(k=3)
+    tables = list(recommender.recommend_iter(k=3, chunk=chunk))
     assert [table.user_id.nunique() for table in tables[:-1]] == [chunk] * (len(tables) - 1)
     joined = pd.concat(tables, ignore_index=True)
     # The language model rounds differently in other batches.
     pd.testing.assert_frame_equal(joined, whole, rtol=1e-4)
 
 
-def test_lists_are_computed_when_asked_for(model, served):
-    tables = recommend_iter(model, k=3, chunk=CHUNK)
+def test_lists_are_computed_when_asked_for(recommender, served):
+    tables = recommender.recommend_iter(k=3, chunk=CHUNK)
     assert not served
     next(tables)
     assert served == [list(range(CHUNK))]
 
 
-def test_without_text_nothing_matches(model):
-    users = model.dataset.user_ids[:4]
-    (table,) = recommend_iter(model, users, k=3, text=False)
+def test_without_text_nothing_matches(recommender):
+    users = recommender.model.dataset.user_ids[:4]
+    (table,) = Recommender(recommender.model, text=False).recommend_iter(users, k=3)
     assert (table.text == "").all() and not table.matched.any()
     assert table.user_id.unique().tolist() == users
 
 
 @pytest.mark.parametrize("stopped", [0, 1, 3])
-def test_an_interrupted_file_goes_on_to_the_same_bytes(model, served, tmp_path, stopped):
+def test_an_interrupted_file_goes_on_to_the_same_bytes(recommender, served, tmp_path, stopped):
     whole, out = tmp_path / "whole.parquet", tmp_path / "lists.parquet"
-    write_lists(model, whole, k=3, chunk=CHUNK)
+    recommender.write_lists(whole, k=3, chunk=CHUNK)
     del served[:]
     served.stop_after = stopped
     with pytest.raises(KeyboardInterrupt):
-        write_lists(model, out, k=3, chunk=CHUNK)
+        recommender.write_lists(out, k=3, chunk=CHUNK)
     assert left_behind(tmp_path) == [".lists.parquet.parts", "whole.parquet"]
     served.stop_after = None
-    write_lists(model, out, k=3, chunk=CHUNK, progress=(recorder := Recorder()))
+    recommender.write_lists(out, k=3, chunk=CHUNK, progress=(recorder := Recorder()))
     assert served == [list(range(i, min(i + CHUNK, USERS))) for i in range(0, USERS, CHUNK)]
     assert len(recorder.figures["Users"]) == len(served) - stopped
     assert out.read_bytes() == whole.read_bytes()
     assert left_behind(tmp_path) == ["lists.parquet", "whole.parquet"]
-    expected = pd.concat(recommend_iter(model, k=3, chunk=CHUNK), ignore_index=True)
+    expected = pd.concat(recommender.recommend_iter(k=3, chunk=CHUNK), ignore_index=True)
     pd.testing.assert_frame_equal(pd.read_parquet(out), expected)
 
 
-@pytest.mark.parametrize("change", ["weights", "k", "text", "users"])
-def test_parts_of_another_job_are_not_used(model, served, tmp_path, change):
+OTHERS = {"text": {"text": False}, "seed": {"seed": 1}, "dtype": {"dtype": torch.bfloat16}}
+
+
+@pytest.mark.parametrize("change", ["weights", "k", "users", *OTHERS])
+def test_parts_of_another_job_are_not_used(recommender, served, tmp_path, change):
     out, arguments = tmp_path / "lists.parquet", {"k": 3, "chunk": CHUNK}
     served.stop_after = 2
     with pytest.raises(KeyboardInterrupt):
-        write_lists(model, out, **arguments)
+        recommender.write_lists(out, **arguments)
     served.stop_after = None
+    model = recommender.model
     if change == "weights":
         model = copy.deepcopy(model)
         model.condition.bias.data[0] += 1
+        recommender = Recommender(model)
+    elif change in ("k", "users"):
+        arguments |= {"k": 4} if change == "k" else {"users": model.dataset.user_ids[::-1]}
     else:
-        new = {"k": 4, "text": False, "users": model.dataset.user_ids[::-1]}
-        arguments[change] = new[change]
-    write_lists(model, out, **arguments)
-    expected = pd.concat(recommend_iter(model, **arguments), ignore_index=True)
+        recommender = Recommender(model, **OTHERS[change])
+    recommender.write_lists(out, **arguments)
+    expected = pd.concat(recommender.recommend_iter(**arguments), ignore_index=True)
     pd.testing.assert_frame_equal(pd.read_parquet(out), expected)
 
 
-def test_another_job_for_the_same_file_meanwhile(model, served, tmp_path, monkeypatch):
+def test_another_job_for_the_same_file_meanwhile(recommender, served, tmp_path, monkeypatch):
     """The first loses its chunks, and takes none of the other's for its own."""
-    out, honest, arguments = tmp_path / "lists.parquet", Recommender.recommend, {"k": 3, "chunk": 7}
+    out, honest, arguments = tmp_path / "lists.parquet", Engine.recommend, {"k": 3, "chunk": 7}
 
     def between(self, rows, k):
         if len(served) == 2:
-            monkeypatch.setattr(Recommender, "recommend", honest)
+            monkeypatch.setattr(Engine, "recommend", honest)
             served.stop_after = 4
             with pytest.raises(KeyboardInterrupt):
-                write_lists(model, out, model.dataset.user_ids[::-1], **arguments)
+                recommender.write_lists(out, recommender.model.dataset.user_ids[::-1], **arguments)
             served.stop_after = None
         return honest(self, rows, k)
 
-    monkeypatch.setattr(Recommender, "recommend", between)
+    monkeypatch.setattr(Engine, "recommend", between)
     with pytest.raises(FileNotFoundError):
-        write_lists(model, out, **arguments)
+        recommender.write_lists(out, **arguments)
     assert not out.exists()
-    write_lists(model, out, **arguments)
-    expected = pd.concat(recommend_iter(model, **arguments), ignore_index=True)
+    recommender.write_lists(out, **arguments)
+    expected = pd.concat(recommender.recommend_iter(**arguments), ignore_index=True)
     pd.testing.assert_frame_equal(pd.read_parquet(out), expected)
 
 
-def test_a_number_of_numpys(model, tmp_path):
-    write_lists(model, tmp_path / "lists.parquet", model.dataset.user_ids[:2], k=np.int64(3))
+def test_a_number_of_numpys(recommender, tmp_path):
+    users = recommender.model.dataset.user_ids[:2]
+    recommender.write_lists(tmp_path / "lists.parquet", users, k=np.int64(3))
     assert len(pd.read_parquet(tmp_path / "lists.parquet")) == 6
 
 
-def test_a_folder_is_no_file(model, served, tmp_path):
+def test_a_folder_is_no_file(recommender, served, tmp_path):
     with refused(ValueError, "path"):
-        write_lists(model, tmp_path, k=3)
+        recommender.write_lists(tmp_path, k=3)
     assert not served and not left_behind(tmp_path)
 
 
@@ -145,7 +153,7 @@ def test_a_folder_is_no_file(model, served, tmp_path):
         ({"users": []}, ValueError, "users"),
     ],
 )
-def test_refused_before_anything_is_written(model, served, tmp_path, bad, kind, word):
+def test_refused_before_anything_is_written(recommender, served, tmp_path, bad, kind, word):
     with refused(kind, word):
-        write_lists(model, tmp_path / "lists.parquet", **bad)
+        recommender.write_lists(tmp_path / "lists.parquet", **bad)
     assert not served and not left_behind(tmp_path)

@@ -20,7 +20,7 @@ from model_cases import (
 
 from contrec_fast.config import HeadConfig
 from contrec_fast.data.prompts import Window
-from contrec_fast.engine import Recommender
+from contrec_fast.engine import Engine
 from contrec_fast.models.diffusion import DiffusionHead
 from contrec_fast.models.schedules import METHODS, PREDICTIONS, SCHEDULES
 from contrec_fast.presets import PRESETS, preset
@@ -40,10 +40,10 @@ def shrunk(config):
 
 
 def check_lists(model):
-    lists = Recommender(model, small_shop()).recommend(range(9), 10)
+    lists = Engine(model, small_shop()).recommend(range(9), 10)
     assert (lists.ids >= 0).all() and np.isfinite(lists.scores).all()
     assert len(np.unique(lists.ids)) > 10  # not the same for everybody
-    alone = Recommender(model, small_shop()).recommend([4], 10)
+    alone = Engine(model, small_shop()).recommend([4], 10)
     np.testing.assert_allclose(alone.scores[0], lists.scores[4], atol=1e-4)
 
 
@@ -89,13 +89,13 @@ def test_every_diffusion_trains_a_step_and_samples(schedule, prediction, method)
     optimizer.step()
     changed = [n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])]
     assert any("head.denoiser." in name for name in changed) and "item_vectors" in changed
-    check = Recommender(model.eval(), small_shop()).sample(range(9))[0]
+    check = Engine(model.eval(), small_shop()).sample(range(9))[0]
     assert check.shape == (1, 9, 16) and check.isfinite().all() and check.std() > 0
 
 
 def test_without_diffusion_the_condition_is_what_is_compared():
     model = random_model("head.diffusion=false", "retrieval.draws=3")
-    recommender = Recommender(model, small_shop(), text=False)
+    recommender = Engine(model, small_shop(), text=False)
     condition = recommender.reader.read(small_shop().histories[:5])
     assert torch.equal(recommender.sample(range(5))[0], condition[None])
 

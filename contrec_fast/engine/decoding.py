@@ -61,7 +61,6 @@ class Decoder:
                 self._fixed_pass()
             else:
                 self._pass()
-        self.drafts.learn(self.written)
         return self.written
 
     def _pass(self) -> None:

@@ -154,14 +154,19 @@ class Head:
         k: int,
         matched: Tensor | None = None,
         seen_rows: Tensor | None = None,
+        seen: ops.SeenLists | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Vectors [S, B, D] to top-K lists by each item's best score; see `__call__`."""
+        """Vectors [S, B, D] to top-K lists by each item's best score; see `__call__`.
+
+        `seen`: what `seen_rows` refer to, instead of the lists that the head was made with.
+        """
         draws, batch = vectors.shape[:2]
+        seen = self.seen if seen is None else seen
         scores, ids = ops.cosine_topk(
             vectors.flatten(0, 1), self.catalog, k,
             None if matched is None else matched.repeat(draws, 1),
             self.latent.config.retrieval.bonus,
-            None if seen_rows is None else self.seen,
+            None if seen_rows is None else seen,
             None if seen_rows is None else seen_rows.repeat(draws),
         )  # fmt: skip
         if draws > 1:

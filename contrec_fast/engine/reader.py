@@ -38,7 +38,8 @@ class Reader:
     Args:
         prompts: of the catalog that the histories refer to. dtype: that the language model
         computes in, its own by default; for another one it is copied. bfloat16 leaves conditions
-        2 to 3 digits and may change words of the texts.
+        2 to 3 digits and may change words of the texts. learns: whether drafts are also made of
+        what was written before, so that the passes, and with them the rounding, depend on it.
 
     Attributes:
         counters: tokens of "prompts" read; decoding "passes" and the tokens "fed" in them;
@@ -46,11 +47,14 @@ class Reader:
         "written".
     """
 
-    def __init__(self, model: ContRec, prompts: Prompts, dtype: torch.dtype | None = None):
+    def __init__(
+        self, model: ContRec, prompts: Prompts, dtype: torch.dtype | None = None,
+        learns: bool = True,
+    ):  # fmt: skip
         backbone = model.backbone
         if dtype not in (None, backbone.dtype):
             backbone = copy.deepcopy(backbone).to(dtype)
-        self.model, self.prompts = model, prompts
+        self.model, self.prompts, self.learns = model, prompts, learns
         self.packed = PackedModel(backbone)
         names = ("prompts", "passes", "fed", "replays", "captures", "written")
         self.counters = dict.fromkeys(names, 0)
@@ -132,6 +136,8 @@ class Reader:
         states, best = zip(*self._prefill(packed, torch.stack(wanted, dim=1), take, room))
         places = (self.prefix + first + 1).to(opening.device)
         written = decoder.write(opening, torch.cat(best), places)
+        if self.learns:
+            decoder.drafts.learn(written)
         if self.model.config.head.source == "response":
             conditions = self.model.response_conditions(written)
         else:

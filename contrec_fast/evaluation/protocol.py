@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from contrec_fast.data import Dataset
-from contrec_fast.engine import Recommender
+from contrec_fast.engine import Engine
 from contrec_fast.evaluation.baselines import BASELINES, QUICK, fit_baselines
 from contrec_fast.evaluation.metrics import (
     catalog_coverage,
@@ -27,11 +27,11 @@ INTERVAL = ("difference", "low", "high")
 CHOICES = {"all": tuple(BASELINES), "quick": QUICK, "none": ()}
 
 
-def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] = "all") -> dict:
-    """Metrics of a model beside the baselines, all on the recommender's own dataset.
+def evaluate(engine: Engine, progress, baselines: str | Sequence[str] = "all") -> dict:
+    """Metrics of a model beside the baselines, all on the engine's own dataset.
 
     Users without a target are skipped. Whether lists leave out the history is the setting
-    `retrieval.filter_seen` of the recommender's model, for it and for the baselines.
+    `retrieval.filter_seen` of the engine's model, for it and for the baselines.
 
     Args:
         progress: shows long work (`progress.ProgressBars`).
@@ -45,8 +45,8 @@ def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] 
         ValueError: an unknown baseline, or no user has a held-out item.
         FloatingPointError: a score is not a number.
     """
-    dataset = recommender.dataset
-    filter_seen = recommender.model.config.retrieval.filter_seen
+    dataset = engine.dataset
+    filter_seen = engine.model.config.retrieval.filter_seen
     if isinstance(baselines, str):
         if baselines not in CHOICES:
             expected = ", ".join(CHOICES)
@@ -61,7 +61,7 @@ def evaluate(recommender: Recommender, progress, baselines: str | Sequence[str] 
     fitted = fit_baselines(dataset, baselines, progress, filter_seen)
     advance = progress.stage("Evaluation", math.ceil(len(rows) / BATCH), "batches")
     k = min(CUTOFF, len(dataset.items))
-    found = recommender.recommend(rows, k, BATCH, advance)
+    found = engine.recommend(rows, k, BATCH, advance)
     if not np.isfinite(found.scores[found.ids >= 0]).all():
         raise FloatingPointError("evaluate: expected finite scores, got some that are not")
     ids = np.pad(found.ids, ((0, 0), (0, CUTOFF - k)), constant_values=-1)

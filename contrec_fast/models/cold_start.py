@@ -94,7 +94,7 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
         or an item with neither text nor interactions, in one line.
         TypeError: `frame` or `interactions` is no DataFrame.
     """
-    from contrec_fast.engine import Recommender, stable_id
+    from contrec_fast.engine import Engine, stable_id
 
     dataset = model.dataset
     if dataset is None:
@@ -113,18 +113,21 @@ def add_items(model, frame: pd.DataFrame, interactions: pd.DataFrame | None = No
         return
     features = embed_texts(model, titles, categories)
     vectors = F.pad(features, (0, 1), value=1.0) @ model.text_map
-    recommender = Recommender(model, dataset, text=False)
+    recommender = Engine(model, dataset, text=False)
     for position, rows in enumerate(users):
         if rows:
             vectors[position] = _samples(recommender, rows).mean(0)
     if dataset.user_ids:
-        audience = Recommender(model, dataset.complete(), text=False)  # as they will be served
+        audience = Engine(model, dataset.complete(), text=False)  # as they will be served
         rows = list(range(len(dataset.user_ids)))[:: -(-len(dataset.user_ids) // AUDIENCE)]
         samples, length = _samples(audience, rows), min(LIST, len(dataset.items))
-        user = None if audience.seen is None else torch.tensor(rows, device=samples.device)
-        last = ops.cosine_topk(
-            samples, audience.catalog, length, seen=audience.seen, seen_rows=user
-        )[0][:, -1]
+        seen = user = None
+        if model.config.retrieval.filter_seen:
+            histories = [audience.dataset.histories[row] for row in rows]
+            seen = ops.SeenLists.from_lists(histories, samples.device)
+            user = torch.arange(len(rows), device=samples.device)
+        last = ops.cosine_topk(samples, audience.catalog, length, seen=seen, seen_rows=user)
+        last = last[0][:, -1]
         keys = torch.tensor([stable_id(item) for item in ids], device=samples.device)
         own = own_directions(samples, keys)
         vectors = with_own_part(vectors, own, samples, last, LIST / len(dataset.items))

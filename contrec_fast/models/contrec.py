@@ -261,10 +261,10 @@ class ContRec(LatentPath):
         return train(dataset, config or Config(), progress or Silent())
 
     def recommend(self, users=None, histories=None, k: int = 10, progress=None):
-        """Top-K lists as a pandas DataFrame; see `engine.recommend`."""
-        from contrec_fast.engine import recommend
+        """Top-K lists as a pandas DataFrame; see `engine.Recommender`, which serves repeatedly."""
+        from contrec_fast.engine import Recommender
 
-        return recommend(self, users, histories, k, progress)
+        return Recommender(self).recommend(users, histories, k, progress)
 
     def add_items(self, frame, interactions=None) -> None:
         """Make new items recommendable without training; see `models.cold_start`."""

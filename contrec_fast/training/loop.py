@@ -236,12 +236,12 @@ def epoch_batches(dataset: Dataset, config: Config, rng: np.random.Generator) ->
 
 def _validate(model: ContRec, dataset: Dataset) -> float:
     """NDCG@10 of the latent path on a dataset's targets."""
-    from contrec_fast.engine import Recommender
+    from contrec_fast.engine import Engine
     from contrec_fast.evaluation.metrics import rank_metrics
 
     rows = np.flatnonzero(dataset.targets >= 0)
     k = min(10, len(dataset.items))
-    lists = Recommender(model, dataset, text=False).recommend(rows, k)
+    lists = Engine(model, dataset, text=False).recommend(rows, k)
     ids = np.pad(lists.ids, ((0, 0), (0, 10 - k)), constant_values=-1)
     return rank_metrics(ids, dataset.targets[rows], (10,))["ndcg@10"]
 

@@ -1,0 +1,158 @@
+"""From histories, by row of a dataset, to top-K lists, batch by batch."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from contrec_fast import ops
+from contrec_fast.data.interactions import Dataset
+from contrec_fast.data.prompts import CategoryMatcher, Prompts
+from contrec_fast.engine.head import Head, stable_id
+from contrec_fast.engine.reader import Reader
+from contrec_fast.models.contrec import ContRec
+
+BATCH = 512
+
+
+@dataclass
+class Recommendations:
+    """Top-K lists of B users.
+
+    ids: [B, k] int64 internal item indices, -1 where there is no further item. scores: [B, k]
+    float32. matched: [B, k] bool, the item's category is named by the user's text. texts: B.
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    matched: np.ndarray
+    texts: list[str]
+
+
+class Engine:
+    """Serves a trained model for the users of a dataset.
+
+    The sampler's noise is keyed by the user's original id: it depends neither on the batch nor on
+    the row a user has in the dataset. (The language model rounds differently in other batches,
+    unless it is `deterministic`.)
+
+    Args:
+        dataset: the model's own, or other users of the same catalog.
+        seed: key of the sampler's noise.
+        text: off leaves out the text and its bonus (the latent path alone).
+        dtype, deterministic: see `Recommender`.
+    """
+
+    def __init__(
+        self,
+        model: ContRec,
+        dataset: Dataset,
+        seed: int = 0,
+        text: bool = True,
+        dtype: torch.dtype | None = None,
+        deterministic: bool = False,
+    ):
+        self.model, self.dataset, self.seed = model.eval(), dataset, seed
+        config = model.config
+        self.text = (text or config.head.source == "response") and config.prompt.text != "none"
+        self.prompts = Prompts(
+            dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
+        )
+        self.deterministic = deterministic
+        self.reader = Reader(model, self.prompts, dtype, learns=not deterministic)
+        self.matcher = CategoryMatcher(dataset.items.categories)
+        groups = self.matcher.groups.to(model.item_vectors.device)
+        self.catalog = ops.Catalog(model.item_vectors.detach(), groups)
+        self.head = Head(model, self.catalog, seed=seed)
+
+    def over(self, dataset: Dataset) -> "Engine":
+        """The same, with all that it holds ready, for other users of the same catalog."""
+        other = copy.copy(self)
+        other.dataset = dataset
+        return other
+
+    def recommend(
+        self, rows: Sequence[int], k: int, batch_size: int = BATCH, advance=None
+    ) -> Recommendations:
+        """Lists for some users of the dataset, items of their history left out.
+
+        Args:
+            rows: user rows. k: length of the lists. advance: called after each batch.
+
+        Raises:
+            ValueError: no rows, a row that no user has, or k not in 1..N, in one line.
+            TypeError: k is no whole number.
+        """
+        rows = np.asarray(rows)
+        self.check(rows, k)  # before the language model has read anything
+        k = int(k)
+        order = np.argsort([len(self.dataset.histories[row]) for row in rows], kind="stable")
+        parts = []
+        batch_size = 1 if self.deterministic else batch_size
+        for start in range(0, len(rows), batch_size):
+            parts.append(self._batch(rows[order[start : start + batch_size]], k))
+            if advance:
+                advance()
+        back = np.argsort(order)
+        columns = [np.concatenate(column)[back] for column in zip(*(part[:3] for part in parts))]
+        texts = [text for part in parts for text in part[3]]
+        return Recommendations(*columns, [texts[i] for i in back])
+
+    def check(self, rows: np.ndarray, k: int) -> None:
+        """Raise what `recommend` does for such arguments."""
+        if not isinstance(k, Integral):
+            raise TypeError(f"k: expected a whole number, got {k!r}")
+        users, items = len(self.dataset.histories), len(self.catalog)
+        if not 1 <= k <= items:
+            raise ValueError(f"k: expected 1 to the catalog's {items} items, got {k}")
+        if not len(rows) or rows.min() < 0 or rows.max() >= users:
+            raise ValueError(f"rows: expected user rows from 0 to {users - 1}, got {rows}")
+
+    @torch.inference_mode()
+    def _batch(self, rows: np.ndarray, k: int):
+        device = self.model.item_vectors.device
+        vectors, texts = self.sample(rows)
+        matched = self.matcher.match(texts).to(device)
+        seen = user = None
+        if self.model.config.retrieval.filter_seen:
+            seen = ops.SeenLists.from_lists([self.dataset.histories[row] for row in rows], device)
+            user = torch.arange(len(rows), device=device)
+        scores, ids = self.head.search(vectors, k, matched, user, seen)
+        group = self.catalog.groups[ids.clamp(min=0)].long()
+        named = matched.gather(1, group.clamp(min=0)) & (group >= 0) & (ids >= 0)
+        return ids.cpu().numpy(), scores.cpu().numpy(), named.cpu().numpy(), texts
+
+    @torch.inference_mode()
+    def sample(self, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Item-space vectors [S, B, D] of some users, S per user, and their texts."""
+        histories = [self.dataset.histories[row] for row in rows]
+        if self.text:
+            condition, texts = self.reader.write(histories)
+        else:
+            condition, texts = self.reader.read(histories), [""] * len(rows)
+        keys = torch.tensor([stable_id(self.dataset.user_ids[row]) for row in rows])
+        return self.vectors(condition, keys.to(condition.device)), texts
+
+    def vectors(self, condition: Tensor, keys: Tensor) -> Tensor:
+        """Conditions [B, D] and noise keys [B] to item-space vectors [S, B, D]."""
+        return self.head.vectors(condition, keys)
+
+
+def table_of(dataset: Dataset, rows: np.ndarray, lists: Recommendations) -> pd.DataFrame:
+    """The lists of some user rows as `recommend` returns them."""
+    place, rank = np.nonzero(lists.ids >= 0)
+    items, names = lists.ids[place, rank], dataset.items
+    return pd.DataFrame({
+        "user_id": [dataset.user_ids[rows[i]] for i in place],
+        "item_id": [names.ids[i] for i in items],
+        "title": [names.titles[i] for i in items],
+        "score": lists.scores[place, rank],
+        "rank": rank + 1,
+        "matched": lists.matched[place, rank],
+        "text": [lists.texts[i] for i in place],
+    })  # fmt: skip
