@@ -38,7 +38,6 @@ def describe_environment() -> dict[str, str]:
         lines["C++ extension"] = f"yes: {build['compiler']}, " + ", ".join(
             [openmp if build["openmp"] else "no OpenMP", *features]
         )
-        lines["C++ extension"] += "; serves sample and cosine_topk"
     works, detail = contrec_kernels.available()
     lines["Triton kernels"] = f"can run: {detail}" if works else f"cannot run: {detail}"
     for operation, names in ops.backends().items():

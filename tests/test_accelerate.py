@@ -1,0 +1,197 @@
+"""`accelerate` and `Recommender`: the reference's lists, options, and what is noticed."""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from model_cases import random_model, small_shop, trained_model
+from ops_cases import refused
+
+from contrec_fast import ContRec, Recommender, accelerate
+from contrec_fast.data.prompts import Prompts, Window
+from contrec_fast.engine import Recommendations
+from contrec_fast.engine.accelerate import histories_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from equal_lists import compare, reference_lists  # noqa: E402
+
+USERS, K = 30, 10
+MODELS = {
+    "default": [],
+    "steps": ["head.method=ddpm", "head.steps=20", "head.guidance=1.0"],
+    "draws, seen": ["retrieval.draws=3", "retrieval.filter_seen=false"],
+    "no text": ["prompt.text=none", "prompt.user_token=true"],
+    "no bag": ["head.bag=false", "head.denoiser=linear", "head.guidance=2.0"],
+    "response": ["head.source=response"],
+    "space": ["head.space=tokenizer"],
+    "no diffusion": ["head.diffusion=false"],
+}
+
+
+def prompts_of(model):
+    config = model.config
+    return Prompts(
+        model.dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_are_the_references_wherever_scores_differ(name):
+    """Of all users of a data set."""
+    model = random_model(*MODELS[name])
+    dataset = model.dataset.complete()
+    fast = accelerate(model)
+    found = fast.recommender.engine.over(dataset).recommend(np.arange(USERS), K)
+    ids, scores, texts = reference_lists(model, dataset, np.arange(USERS), K + 1)
+    counts = compare(found, ids, scores, texts)
+    assert counts["settled"] > 0.9 * counts["ids"] == 0.9 * USERS * K
+    assert counts["settled and different"] == counts["other texts"] == 0
+    np.testing.assert_allclose(found.scores, scores[:, :K], rtol=1e-4, atol=1e-5)
+    listed = fast.recommend(k=K).item_id
+    assert listed.tolist() == [dataset.items.ids[item] for item in found.ids.flatten()]
+
+
+def test_differences_of_lists_are_counted():
+    ids, scores = np.array([[4, 2, 7, 5]]), np.array([[0.9, 0.5, 0.5 - 1e-6, 0.1]])
+    for found, different, settled in [([4, 2, 7], 0, 0), ([4, 7, 2], 2, 0), ([5, 2, 7], 1, 1)]:
+        lists = Recommendations(np.array([found]), None, None, ["a"])
+        counts = compare(lists, ids, scores, ["a"])
+        assert (counts["ids"], counts["settled"]) == (3, 1)
+        assert (counts["different"], counts["settled and different"]) == (different, settled)
+        assert compare(lists, ids, scores, ["b"])["other texts"] == 1
+
+
+def test_reading_and_writing_batches():
+    model = random_model()
+    fast, batch = accelerate(model), prompts_of(model).inference_batch(small_shop().histories)
+    for (found, texts), (expected, written) in [
+        (fast.write(batch), model.write(batch)),
+        ((fast.read(batch), None), (model.read(batch), None)),
+    ]:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert texts == written
+    assert fast.recommender.engine.reader.counters["prompts"]  # which has served
+
+
+def test_histories_of_batches():
+    model, histories = trained_model(), small_shop().histories
+    found = histories_of(prompts_of(model).inference_batch(histories))
+    assert len(found) == len(histories)
+    for a, b in zip(found, histories):
+        np.testing.assert_array_equal(a, b)
+    windows = [Window(history, 0) for history in histories if len(history) > 2]
+    assert histories_of(prompts_of(model).training_batch(windows)) is None
+
+
+def test_the_interface_and_the_weights_are_the_models():
+    model = random_model()
+    fast = accelerate(model)
+    assert isinstance(fast, ContRec) and not fast.training
+    state = fast.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert state[name].data_ptr() == tensor.data_ptr()
+    batch = prompts_of(model).training_batch([Window(h, 0) for h in small_shop().histories])
+    torch.manual_seed(0)
+    expected = model.eval()(batch)
+    torch.manual_seed(0)
+    for name, loss in fast(batch).items():
+        assert torch.equal(loss, expected[name])
+
+
+def test_changed_weights_are_noticed():
+    model = copy.deepcopy(random_model())
+    fast = accelerate(model)
+    before = fast.recommend(k=3)
+    with torch.no_grad():
+        model.item_vectors.neg_()
+    after = fast.recommend(k=3)
+    pd.testing.assert_frame_equal(after, accelerate(model).recommend(k=3))
+    assert (after.item_id != before.item_id).any()
+    fast.train().eval()
+    pd.testing.assert_frame_equal(fast.recommend(k=3), after)
+
+
+def test_items_added_are_served_and_the_model_keeps_its_own():
+    model, new = copy.deepcopy(random_model()), pd.DataFrame({"item_id": ["x"], "title": ["mug"]})
+    fast, other = accelerate(model), copy.deepcopy(model)
+    fast.add_items(new)
+    other.add_items(new)
+    assert len(model.item_vectors) == len(model.dataset.items) == len(fast.item_vectors) - 1
+    pd.testing.assert_frame_equal(fast.recommend(k=61), other.recommend(k=61))
+
+
+def test_the_report_says_what_serves(capsys, monkeypatch):
+    fast = accelerate(random_model(), report=True)
+    printed = capsys.readouterr().out
+    served = {part.name: part for part in fast.report}
+    assert all(name in printed for name in served)
+    assert served["prompts"].served_by.startswith("packed")
+    assert served["CUDA graphs"] == ("CUDA graphs", "none", "no GPU")
+    assert served["language model"].served_by == "float32"
+    monkeypatch.setattr("contrec_fast.ops.dispatch._choose", lambda *arguments: "reference")
+    served = {part.name: part for part in fast.report}
+    assert served["ops.cosine_topk"].served_by == "reference" and served["ops.cosine_topk"].why
+
+
+def test_a_recommender_of_a_folder(tmp_path):
+    model = trained_model()
+    model.save_pretrained(tmp_path / "run")
+    expected = model.recommend(k=4)
+    for source in (tmp_path / "run", str(tmp_path / "run"), model):
+        recommender = Recommender(source, device="cpu")
+        for _ in range(2):
+            pd.testing.assert_frame_equal(recommender.recommend(k=4), expected, rtol=1e-4)
+    user, names = model.dataset.user_ids[3], model.dataset.items.ids
+    history = {user: [names[item] for item in model.dataset.complete().histories[3]]}
+    found = recommender.recommend(histories=history, k=4)
+    pd.testing.assert_frame_equal(found, recommender.recommend([user], k=4), rtol=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [(), ("prompt.text=none",)])
+def test_deterministic_lists_are_bitwise_the_same_in_any_company(overrides):
+    recommender = Recommender(random_model(*overrides), deterministic=True)
+    whole = recommender.recommend(k=5)
+    users = np.random.permutation(whole.user_id.unique())
+    for some in (users[:1], users[:7], users):
+        found = recommender.recommend(list(some), k=5)
+        expected = pd.concat([whole[whole.user_id == user] for user in some], ignore_index=True)
+        pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
+def test_bfloat16_is_near_float32():
+    model = random_model("prompt.text=none")
+    engine, half = Recommender(model).engine, Recommender(model, dtype=torch.bfloat16).engine
+    exact, found = (e.reader.read(small_shop().histories) for e in (engine, half))
+    assert found.dtype == exact.dtype == torch.float32 and not torch.equal(found, exact)
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    assert model.backbone.dtype == torch.float32  # the model's own stays
+
+
+@pytest.mark.parametrize(
+    "model, options, kind, name",
+    [
+        (7, {}, TypeError, "model"),
+        ("nowhere", {}, ValueError, "nowhere"),
+        (trained_model, {"dtype": torch.int8}, TypeError, "dtype"),
+        (trained_model, {"dtype": "float32"}, TypeError, "dtype"),
+    ],
+)
+def test_refused(model, options, kind, name):
+    model = model() if callable(model) else model
+    with refused(kind, name):
+        Recommender(model, **options)
+    if isinstance(model, ContRec) or model == 7:
+        with refused(kind, name):
+            accelerate(model, **options)
+
+
+def test_a_model_without_data_is_refused():
+    model = copy.copy(random_model())
+    model.dataset = None
+    for way in (Recommender, accelerate):
+        with refused(ValueError, "model"):
+            way(model)
