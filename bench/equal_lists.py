@@ -97,13 +97,13 @@ def main():
             advance = progress.stage(f"{run.name}: users", len(parts), "batches")
             for part in parts:
                 found = engine.recommend(part, k)
-                counts += compare(found, *reference_lists(model, dataset, part, k + 1))
+                counts.update(compare(found, *reference_lists(model, dataset, part, k + 1)))
                 advance()
             results.append({"run": run.name, "items": len(dataset.items), "k": k, **counts})
             print(results[-1])
     if args.out:
         store(args.out, environment("cpu"), {"k": args.k, "gap": GAP}, results)
-    if any(result.get("settled and different") for result in results):
+    if any(result["settled and different"] for result in results):
         raise SystemExit("settled ids differ")
 
 
