@@ -103,10 +103,12 @@ class Dataset:
 
     def complete(self) -> "Dataset":
         """The same users and catalog with nothing held out: each target ends its history."""
-        pairs = zip(self.histories, self.targets.tolist(), strict=True)
-        histories = [
-            np.append(history, target) if target >= 0 else history for history, target in pairs
-        ]
+        held = self.targets >= 0
+        if not held.any():
+            return self
+        ends = np.cumsum([len(history) for history in self.histories])
+        items = np.insert(np.concatenate(self.histories), ends[held], self.targets[held])
+        histories = np.split(items, (ends + held.cumsum())[:-1])
         return Dataset(self.items, self.user_ids, histories, np.full(len(histories), -1))
 
     def hold_out(self, holdout: str) -> "Dataset":

@@ -157,15 +157,22 @@ class Prompts:
         """
         return np.concatenate(self._slots(row), axis=1)
 
-    def blocks(self, items: Sequence[int]) -> list[np.ndarray]:
-        """Items as a prompt shows them, each like `block` with its title; the row is the item."""
+    def blocks(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Items [I] as a prompt shows them, each like `block` with its title; the row is the item.
+
+        Returns:
+            [3, T] all of them, one after another, and [I] how many tokens each has.
+        """
+        slots = self.block(0)
+        lengths = np.full(len(items), slots.shape[1])
+        blocks = np.tile(slots, len(items))
+        blocks[1] += np.where(blocks[1] >= 0, self.tokens * np.repeat(items, lengths), 0)
         if self._titles is None:
-            return [self.block(item) for item in items]
-        titles = self._titles.pieces(items)
-        return [
-            np.concatenate([title, *self._slots(item)], axis=1)
-            for title, item in zip(titles, items)
-        ]
+            return blocks, lengths
+        titles = self._titles.pieces(items.tolist())
+        pairs = zip(titles, np.split(blocks, len(items), axis=1))
+        pieces = [piece for pair in pairs for piece in pair]
+        return np.concatenate(pieces, axis=1), lengths + [title.shape[1] for title in titles]
 
     def responses(self, most: int) -> np.ndarray:
         """Responses of at most so many items of the catalog, evenly spread over it.
@@ -277,8 +284,8 @@ def _text(ids: list[int], learned: bool = False) -> np.ndarray:
 def padded_lists(rows: Sequence[Sequence[int]]) -> Tensor:
     """[B, M] int64, -1 behind each row's end."""
     padded = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
-    for line, row in enumerate(rows):
-        padded[line, : len(row)] = row
+    lengths = np.array([len(row) for row in rows])
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate(rows)
     return torch.from_numpy(padded)
 
 

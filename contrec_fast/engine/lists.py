@@ -6,18 +6,23 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from contrec_fast import ops
 from contrec_fast.data.interactions import Dataset
 from contrec_fast.data.prompts import CategoryMatcher, Prompts
+from contrec_fast.engine.ahead import ahead
 from contrec_fast.engine.head import Head, stable_id
 from contrec_fast.engine.reader import Reader
 from contrec_fast.models.contrec import ContRec
 
 BATCH = 512
+SCHEMA = pa.schema({
+    "user_id": pa.string(), "item_id": pa.string(), "title": pa.string(), "score": pa.float32(),
+    "rank": pa.int64(), "matched": pa.bool_(), "text": pa.string(),
+})  # fmt: skip
 
 
 @dataclass
@@ -94,13 +99,16 @@ class Engine:
         order = np.argsort([len(self.dataset.histories[row]) for row in rows], kind="stable")
         parts = []
         batch_size = 1 if self.deterministic else batch_size
-        for start in range(0, len(rows), batch_size):
-            parts.append(self._batch(rows[order[start : start + batch_size]], k))
+        for batch in ahead(
+            self._prepare, np.split(rows[order], range(batch_size, len(rows), batch_size))
+        ):
+            parts.append(self._batch(*batch, k))
             if advance:
                 advance()
-        back = np.argsort(order)
-        columns = [np.concatenate(column)[back] for column in zip(*(part[:3] for part in parts))]
-        texts = [text for part in parts for text in part[3]]
+        back, (*columns, texts) = np.argsort(order), zip(*parts)
+        # Only here is a GPU waited for.
+        columns = [torch.cat(column).cpu().numpy()[back] for column in columns]
+        texts = sum(texts, [])
         return Recommendations(*columns, [texts[i] for i in back])
 
     def check(self, rows: np.ndarray, k: int) -> None:
@@ -113,29 +121,38 @@ class Engine:
         if not len(rows) or rows.min() < 0 or rows.max() >= users:
             raise ValueError(f"rows: expected user rows from 0 to {users - 1}, got {rows}")
 
-    @torch.inference_mode()
-    def _batch(self, rows: np.ndarray, k: int):
-        device = self.model.item_vectors.device
-        vectors, texts = self.sample(rows)
-        matched = self.matcher.match(texts).to(device)
-        seen = user = None
+    def _prepare(self, rows: np.ndarray) -> tuple:
+        """What a batch needs that the device has no part in."""
+        histories = [self.dataset.histories[row] for row in rows]
+        self.reader.packer.learn(histories)
+        keys = torch.tensor([stable_id(self.dataset.user_ids[row]) for row in rows])
+        seen = None
         if self.model.config.retrieval.filter_seen:
-            seen = ops.SeenLists.from_lists([self.dataset.histories[row] for row in rows], device)
-            user = torch.arange(len(rows), device=device)
+            seen = ops.SeenLists.from_lists(histories)
+        return histories, keys, seen
+
+    @torch.inference_mode()
+    def _batch(self, histories: list[np.ndarray], keys: Tensor, seen: ops.SeenLists | None, k: int):
+        device = self.model.item_vectors.device
+        vectors, texts = self._sample(histories, keys)
+        matched, user = self.matcher.match(texts).to(device), None
+        if seen is not None:
+            seen, user = seen.to(device), torch.arange(len(keys), device=device)
         scores, ids = self.head.search(vectors, k, matched, user, seen)
         group = self.catalog.groups[ids.clamp(min=0)].long()
         named = matched.gather(1, group.clamp(min=0)) & (group >= 0) & (ids >= 0)
-        return ids.cpu().numpy(), scores.cpu().numpy(), named.cpu().numpy(), texts
+        return ids, scores, named, texts
 
     @torch.inference_mode()
     def sample(self, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Item-space vectors [S, B, D] of some users, S per user, and their texts."""
-        histories = [self.dataset.histories[row] for row in rows]
+        return self._sample(*self._prepare(rows)[:2])
+
+    def _sample(self, histories: list[np.ndarray], keys: Tensor) -> tuple[Tensor, list[str]]:
         if self.text:
             condition, texts = self.reader.write(histories)
         else:
-            condition, texts = self.reader.read(histories), [""] * len(rows)
-        keys = torch.tensor([stable_id(self.dataset.user_ids[row]) for row in rows])
+            condition, texts = self.reader.read(histories), [""] * len(histories)
         return self.vectors(condition, keys.to(condition.device)), texts
 
     def vectors(self, condition: Tensor, keys: Tensor) -> Tensor:
@@ -143,16 +160,22 @@ class Engine:
         return self.head.vectors(condition, keys)
 
 
-def table_of(dataset: Dataset, rows: np.ndarray, lists: Recommendations) -> pd.DataFrame:
-    """The lists of some user rows as `recommend` returns them."""
+def table_of(dataset: Dataset, rows: np.ndarray, lists: Recommendations) -> pa.Table:
+    """The lists of some user rows, as SCHEMA has them."""
     place, rank = np.nonzero(lists.ids >= 0)
-    items, names = lists.ids[place, rank], dataset.items
-    return pd.DataFrame({
-        "user_id": [dataset.user_ids[rows[i]] for i in place],
-        "item_id": [names.ids[i] for i in items],
-        "title": [names.titles[i] for i in items],
+    items, item = np.unique(lists.ids[place, rank], return_inverse=True)
+    names = dataset.items
+    columns = {
+        "user_id": _repeated([dataset.user_ids[row] for row in rows], place),
+        "item_id": _repeated([names.ids[i] for i in items], item),
+        "title": _repeated([names.titles[i] for i in items], item),
         "score": lists.scores[place, rank],
         "rank": rank + 1,
         "matched": lists.matched[place, rank],
-        "text": [lists.texts[i] for i in place],
-    })  # fmt: skip
+        "text": _repeated(lists.texts, place),
+    }
+    return pa.table(columns, SCHEMA)
+
+
+def _repeated(texts: list[str], places: np.ndarray) -> pa.Array:
+    return pa.array(texts, pa.string()).take(pa.array(places))

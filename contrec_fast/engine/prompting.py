@@ -1,5 +1,6 @@
 """Prompts without padding, their rows referring to the table of all items' tokens."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,16 +45,37 @@ class PromptPacker:
     def __init__(self, prompts: Prompts, items: int, device):
         self.prompts, self.items, self.device = prompts, items, device
         self.role, self._question = prompts.fixed
-        self._blocks: dict[int, np.ndarray] = {}
+        self._user = prompts.block(items)[:2] if prompts.config.user_token else self.role[:2, :0]
+        # The blocks of items one after another: where each begins (-1: unknown) and its length.
+        self._blocks, self._filled = np.empty((2, 0), dtype=np.int64), 0
+        self._starts, self._lengths = np.full((2, items), -1)
+        self._learning = threading.Lock()
+
+    def learn(self, histories: Sequence[np.ndarray]) -> None:
+        """Encode the items that `pack` will show; in any thread, while others are packed."""
+        most = self.prompts.config.history
+        items = np.concatenate([history[-most:] for history in histories])
+        with self._learning:
+            new = np.unique(items[self._starts[items] < 0])
+            if not len(new):
+                return
+            blocks, lengths = self.prompts.blocks(new)
+            filled = self._filled + blocks.shape[1]
+            if filled > self._blocks.shape[1]:
+                room = 2 * filled - self._blocks.shape[1]
+                self._blocks = np.pad(self._blocks, ((0, 0), (0, room)))
+            self._blocks[:, self._filled : filled] = blocks[:2]
+            self._starts[new] = self._filled + lengths.cumsum() - lengths
+            self._lengths[new], self._filled = lengths, filled
 
     def order(self, histories: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
         """[B] an order in which prompts become longer, and how long the items of the last are."""
-        blocks, most = self._blocks, self.prompts.config.history
-        shown = [history[-most:].tolist() for history in histories]
-        new = sorted(set().union(*shown) - blocks.keys())
-        blocks.update(zip(new, (block[:2] for block in self.prompts.blocks(new))))
-        lengths = [sum(blocks[item].shape[1] for item in items) for items in shown]
-        return np.argsort(lengths, kind="stable"), max(lengths)
+        self.learn(histories)
+        most = self.prompts.config.history
+        shown = [history[-most:] for history in histories]
+        firsts = np.cumsum([0, *map(len, shown[:-1])])
+        lengths = np.add.reduceat(self._lengths[np.concatenate(shown)], firsts)
+        return np.argsort(lengths, kind="stable"), int(lengths.max())
 
     def pack(self, histories: Sequence[np.ndarray], opening: np.ndarray | None) -> PackedPrompts:
         """Prompts of histories that `order` has seen.
@@ -62,27 +84,34 @@ class PromptPacker:
             opening: [n] token ids, what the response may begin with, to stand behind the question;
             None for prompts that end where the condition is read.
         """
-        prompts, most = self.prompts, self.prompts.config.history
+        most, cut, tail = self.prompts.config.history, self.prompts.behind, self._question[:2, :0]
         shown = [history[-most:] for history in histories]
         before = [history[:-most] for history in histories]
-        if opening is not None:
+        counts = np.array([len(items) for items in shown])
+        items, ends = np.concatenate(shown), counts.cumsum()
+        lengths, head = self._lengths[items], self._user.shape[1]
+        if opening is None:
+            lengths[ends - 1] -= cut
+        else:
             behind = np.array([opening, np.full(len(opening), -1)])
-            behind = np.concatenate([self._question[:2], behind], axis=1)
-        pieces, counts, reads = [], [], []
-        for line, items in enumerate(shown):
-            prompt = [self._blocks[item] for item in items.tolist()]
-            if prompts.config.user_token:
-                prompt.insert(0, prompts.block(self.items + line)[:2])
-            length = sum(piece.shape[1] for piece in prompt) - prompts.behind
-            reads.append(length - 1)
-            if opening is None:
-                prompt[-1] = prompt[-1][:, : prompt[-1].shape[1] - prompts.behind]
-            else:
-                prompt.append(behind)
-                length += prompts.behind + behind.shape[1]
-            pieces += prompt
-            counts.append(length)
-        token_ids, rows = np.concatenate(pieces, axis=1)
+            tail = np.concatenate([self._question[:2], behind], axis=1)
+        # Where in the batch each item begins, each prompt, and what stands behind its items.
+        begins = lengths.cumsum() - lengths
+        bodies = np.add.reduceat(lengths, ends - counts)
+        totals = head + bodies + tail.shape[1]
+        tails = totals.cumsum() - tail.shape[1]
+        starts = tails - bodies - head
+        token_ids, rows = packed = np.empty((2, totals.sum()), dtype=np.int64)
+        each = np.arange(bodies.sum())
+        shifts = starts + head - begins[ends - counts]
+        packed[:, each + np.repeat(shifts, bodies)] = self._blocks[
+            :, each + np.repeat(self._starts[items] - begins, lengths)
+        ]
+        packed[:, tails[:, None] + np.arange(tail.shape[1])] = tail[:, None]
+        at = starts[:, None] + np.arange(head)
+        packed[:, at] = self._user[:, None]
+        line = self.prompts.tokens * np.arange(len(shown))[:, None]
+        rows[at] += np.where(self._user[1] >= 0, line, 0)
         on_device = {
             "token_ids": torch.from_numpy(token_ids),
             "rows": torch.from_numpy(rows),
@@ -91,10 +120,11 @@ class PromptPacker:
             "older_offsets": torch.tensor([0, *map(len, before[:-1])]).cumsum(0),
             "read_row": torch.arange(len(shown)),
             "read_column": torch.zeros(len(shown), dtype=torch.int64),
-            "read_item": torch.tensor([len(items) - 1 for items in shown]),
+            "read_item": torch.from_numpy(counts - 1),
         }
+        reads = head + bodies - 1 - (0 if opening is None else cut)
         return PackedPrompts(
-            counts=torch.tensor(counts),
-            reads=torch.tensor(reads),
+            counts=torch.from_numpy(totals),
+            reads=torch.from_numpy(reads),
             **{name: tensor.to(self.device) for name, tensor in on_device.items()},
         )

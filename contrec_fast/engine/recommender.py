@@ -89,7 +89,7 @@ class Recommender:
         if progress:
             advance = progress.stage("Users", math.ceil(len(rows) / BATCH), "batches")
         lists = self.engine.over(dataset).recommend(rows, k, advance=advance)
-        return table_of(dataset, rows, lists)
+        return table_of(dataset, rows, lists).to_pandas()
 
     def recommend_iter(
         self,
@@ -119,7 +119,7 @@ class Recommender:
                 begun = time.perf_counter()
                 lists = engine.recommend(rows, k)
                 advance(rate=len(rows) / (time.perf_counter() - begun))
-                yield table_of(dataset, rows, lists)
+                yield table_of(dataset, rows, lists).to_pandas()
 
         return tables()
 

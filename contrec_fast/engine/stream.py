@@ -8,25 +8,20 @@ import hashlib
 import json
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 import contrec_fast
 from contrec_fast.data.files import whole_file
 from contrec_fast.data.interactions import Dataset
-from contrec_fast.engine.lists import Engine, table_of
+from contrec_fast.engine.ahead import ahead
+from contrec_fast.engine.lists import SCHEMA, Engine, table_of
 
 CHUNK = 8192
-SCHEMA = pa.schema({
-    "user_id": pa.string(), "item_id": pa.string(), "title": pa.string(), "score": pa.float32(),
-    "rank": pa.int64(), "matched": pa.bool_(), "text": pa.string(),
-})  # fmt: skip
 
 
 def chunks_of(dataset: Dataset, chunk: int) -> list[np.ndarray]:
@@ -48,28 +43,25 @@ def write_chunks(engine: Engine, chunks: list[np.ndarray], path: Path, k: int, p
         other.unlink(missing_ok=True)
     todo = [(part, rows) for part, rows in zip(parts, chunks) if not part.exists()]
     advance = progress.stage("Users", len(chunks), "chunks", len(chunks) - len(todo))
-    # A chunk is written while the next one is computed.
-    with ThreadPoolExecutor(1) as writer:
-        waiting = None
+
+    def computed():
         for part, rows in todo:
             begun = time.perf_counter()
             lists = engine.recommend(rows, k)
             advance(rate=len(rows) / (time.perf_counter() - begun))
-            if waiting:
-                waiting.result()
-            waiting = writer.submit(_write_part, part, engine.dataset, rows, lists)
-        if waiting:
-            waiting.result()
+            yield part, rows, lists
+
+    def write(chunk) -> None:
+        part, rows, lists = chunk
+        with whole_file(part) as partial:
+            pq.write_table(table_of(engine.dataset, rows, lists), partial)
+
+    for _ in ahead(write, computed()):
+        pass
     with whole_file(path) as partial, pq.ParquetWriter(partial, SCHEMA) as file:
-        for part in parts:
-            file.write_table(pq.read_table(part))
+        for table in ahead(pq.read_table, parts):
+            file.write_table(table)
     shutil.rmtree(folder)
-
-
-def _write_part(part: Path, dataset: Dataset, rows: np.ndarray, lists) -> None:
-    table = pa.Table.from_pandas(table_of(dataset, rows, lists), SCHEMA, preserve_index=False)
-    with whole_file(part) as partial:
-        pq.write_table(table, partial)
 
 
 def _fingerprint(engine: Engine, *arguments) -> str:
@@ -87,7 +79,8 @@ def _fingerprint(engine: Engine, *arguments) -> str:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     items = dataset.items
     add(items.ids, items.titles, items.categories)
-    for user, history in zip(dataset.user_ids, dataset.histories):
-        add(user, len(history))
-        digest.update(np.ascontiguousarray(history))
+    for start in range(0, len(dataset.user_ids), CHUNK):
+        some = slice(start, start + CHUNK)
+        add(dataset.user_ids[some], [len(history) for history in dataset.histories[some]])
+        digest.update(np.concatenate(dataset.histories[some]))
     return digest.hexdigest()

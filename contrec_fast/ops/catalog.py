@@ -1,7 +1,9 @@
 """What retrieval searches: the catalog's vectors and the users' seen items, checked once."""
 
+import copy
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -235,10 +237,18 @@ class SeenLists:
     @classmethod
     def from_lists(cls, lists: Iterable[Sequence[int]], device=None) -> "SeenLists":
         """From one (unsorted) list of item ids per user."""
-        rows = [torch.as_tensor(row, dtype=torch.int64).sort().values for row in lists]
-        offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-        ids = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
-        return cls(offsets.to(device), ids.to(device))
+        rows = [np.asarray(row, dtype=np.int64) for row in lists]
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        ids = np.concatenate([*rows, np.empty(0, dtype=np.int64)])
+        ids = ids[np.lexsort((ids, np.repeat(np.arange(len(rows)), lengths)))]
+        offsets = np.append(0, lengths.cumsum())
+        return cls(torch.from_numpy(offsets), torch.from_numpy(ids)).to(device)
+
+    def to(self, device) -> "SeenLists":
+        """The same on another device."""
+        other = copy.copy(self)
+        other.offsets, other.ids = self.offsets.to(device), self.ids.to(device)
+        return other
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
