@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 
 from contrec_fast.data.columns import id_column, read_table, text_column
 from contrec_fast.data.files import decode, read_bytes, whole_file
@@ -20,14 +21,13 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in re.split("[\r\n]", decode(path, read_bytes(path))) if line]
 
 
-def read_histories(path: Path) -> dict[str, list[str]]:
-    """{user: item ids in the order of the rows} of a table with user_id and item_id."""
-    table = read_table(path, ("user_id", "item_id"))
-    histories: dict[str, list[str]] = {}
-    pairs = zip(*(id_column(table, name).to_pylist() for name in ("user_id", "item_id")))
-    for user, item in pairs:
-        histories.setdefault(user, []).append(item)
-    return histories
+def read_histories(path: Path) -> pd.DataFrame:
+    """user_id and item_id of a table, each id stored once."""
+    names = "user_id", "item_id"
+    table = read_table(path, names)
+    return pa.table(
+        {name: id_column(table, name).dictionary_encode() for name in names}
+    ).to_pandas()
 
 
 def read_items(path: Path) -> pd.DataFrame:

@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 def ahead(call: Callable, inputs: Iterable, most: int = 1) -> Iterator:
     """`map(call, inputs)`, with the calls in a thread beside the caller's own work.
 
-    What the caller and `inputs` do stays in the caller's thread. The first result that is taken
-    waits for its call alone; from then on, the next `most` inputs are taken and their calls begun
-    before a result is handed over. An exception of a call is raised where its result is taken; then, and
-    where the caller stops early, calls that were begun are waited for.
+    Inputs are taken, `most` of them ahead of the results, in the caller's thread. An exception of
+    a call is raised where its result is taken. Then, and where the caller stops early, calls that
+    were begun are waited for.
     """
     with ThreadPoolExecutor(1) as thread:
         waiting = deque()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from contrec_fast.engine.lists import BATCH, Engine, table_of
-from contrec_fast.engine.served import served_dataset
+from contrec_fast.engine.served import Histories, served_dataset
 from contrec_fast.engine.stream import CHUNK, chunks_of, write_chunks
 from contrec_fast.models.contrec import ContRec
 from contrec_fast.progress import Silent
@@ -63,7 +63,7 @@ class Recommender:
     def recommend(
         self,
         users: Sequence[str] | None = None,
-        histories: Mapping[str, Sequence[str]] | None = None,
+        histories: Histories | None = None,
         k: int = 10,
         progress=None,
     ) -> pd.DataFrame:
@@ -71,7 +71,8 @@ class Recommender:
 
         Args:
             users: original ids of users that the model was trained with. histories: instead, the
-            original item ids that each new user chose, oldest first. k: items per user.
+            original item ids that each new user chose, oldest first: by user, or a DataFrame with
+            the columns user_id and item_id, which takes less memory. k: items per user.
             progress: shows long work (`progress.ProgressBars`).
 
         Returns:
@@ -94,7 +95,7 @@ class Recommender:
     def recommend_iter(
         self,
         users: Sequence[str] | None = None,
-        histories: Mapping[str, Sequence[str]] | None = None,
+        histories: Histories | None = None,
         k: int = 10,
         chunk: int = CHUNK,
         progress=None,
@@ -127,7 +128,7 @@ class Recommender:
         self,
         path: str | Path,
         users: Sequence[str] | None = None,
-        histories: Mapping[str, Sequence[str]] | None = None,
+        histories: Histories | None = None,
         k: int = 10,
         chunk: int = CHUNK,
         progress=None,

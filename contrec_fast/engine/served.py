@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
 from contrec_fast.data.interactions import Dataset
+
+Histories = Mapping[str, Sequence[str]] | pd.DataFrame
 
 
 def served_dataset(
     dataset: Dataset,
     users: Sequence[str] | None = None,
-    histories: Mapping[str, Sequence[str]] | None = None,
+    histories: Histories | None = None,
 ) -> Dataset:
     """The users to serve, as `Recommender.recommend` takes them, and what to read of each.
 
@@ -42,23 +45,51 @@ def served_dataset(
     return dataset.complete()
 
 
-def _new_users(dataset: Dataset, histories: Mapping[str, Sequence[str]]) -> Dataset:
+def _new_users(dataset: Dataset, histories: Histories) -> Dataset:
     index = {item: position for position, item in enumerate(dataset.items.ids)}
-    rows = []
-    if not isinstance(histories, Mapping):
+    if isinstance(histories, pd.DataFrame):
+        users, rows = _grouped(histories, index)
+    elif isinstance(histories, Mapping):
+        users = _ids("histories: expected users as", histories)
+        rows = [_known(user, items, index) for user, items in zip(users, histories.values())]
+    else:
         got = type(histories).__name__
         raise TypeError(f"histories: expected a dict of users to their items, got {got}")
-    for user, items in zip(_ids("histories: expected users as", histories), histories.values()):
-        items = _ids(f"histories: expected for user {user!r}", items)
-        unknown = [item for item in items if item not in index]
-        if unknown or not items:
-            got = repr(unknown[0]) if unknown else "none"
-            raise ValueError(
-                f"histories: expected items of the catalog for user {user!r}, got {got}"
-            )
-        rows.append(np.array([index[item] for item in items], dtype=np.int64))
-    targets = np.full(len(rows), -1, dtype=np.int64)
-    return Dataset(dataset.items, list(histories), rows, targets)
+    return Dataset(dataset.items, users, rows, np.full(len(rows), -1))
+
+
+def _known(user: str, items: Iterable[str], index: dict[str, int]) -> np.ndarray:
+    items = _ids(f"histories: expected for user {user!r}", items)
+    unknown = [item for item in items if item not in index]
+    if unknown or not items:
+        raise _unknown(user, repr(unknown[0]) if unknown else "none")
+    return np.array([index[item] for item in items], dtype=np.int64)
+
+
+def _grouped(frame: pd.DataFrame, index: dict[str, int]) -> tuple[list[str], list[np.ndarray]]:
+    """The users of a frame in the order in which they come first, and their items in its order."""
+    codes, ids = [], []
+    for name in ("user_id", "item_id"):
+        if name not in frame:
+            got = ", ".join(map(str, frame.columns)) or "none"
+            raise ValueError(f"histories: expected the columns user_id and item_id, got {got}")
+        column, values = pd.factorize(frame[name])
+        if len(column) and column.min() < 0:
+            row = column.argmin()
+            raise ValueError(f"histories: expected a {name} in each row, got none in row {row}")
+        codes.append(column)
+        ids.append(_ids(f"histories: expected in column {name}", values))
+    (user, item), (users, items) = codes, ids
+    rows = np.array([index.get(name, -1) for name in items], dtype=np.int64)[item]
+    if len(rows) and rows.min() < 0:
+        row = rows.argmin()
+        raise _unknown(users[user[row]], repr(items[item[row]]))
+    ends = np.bincount(user, minlength=len(users)).cumsum()
+    return users, np.split(rows[np.argsort(user, kind="stable")], ends[:-1])[: len(users)]
+
+
+def _unknown(user: str, got: str) -> ValueError:
+    return ValueError(f"histories: expected items of the catalog for user {user!r}, got {got}")
 
 
 def _ids(expected: str, ids) -> list[str]:
