@@ -28,6 +28,53 @@ CONVERT_ELEMENTS = 1 << 24  # elements of the scan copy held as float32 at once
 RESCORE_ELEMENTS = 1 << 22  # float64 products held at once
 
 
+def bonus_of(matched: Tensor | None, pi: float) -> Tensor | None:
+    """Factors [B, G + 1] float64 by group of an item; the last column serves group -1."""
+    if matched is None or pi == 0:
+        return None
+    return 1.0 + pi * torch.nn.functional.pad(matched, (0, 1)).double()
+
+
+def seen_pairs(offsets: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What the queries with these rows of the seen lists leave out: [M] queries, [M] items.
+
+    Ascending, queries first.
+    """
+    start = offsets[rows.clamp(min=0)]
+    length = offsets[(rows + 1).clamp(min=0)] - start  # 0 where the row is -1
+    local = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
+    within = torch.arange(len(local), device=rows.device)
+    first = torch.repeat_interleave(start - (length.cumsum(0) - length), length)
+    return local, ids[first + within]
+
+
+def exact_scores(
+    queries: Tensor,
+    query_norms: Tensor,
+    vectors: Tensor,
+    norms: Tensor,
+    groups: Tensor,
+    found: Tensor,
+    bonus: Tensor | None,
+) -> Tensor:
+    """The specified scores [B, M] float32 of the items `found` [B, M] of each query.
+
+    Args:
+        queries: [B, D]. query_norms: [B] float64. vectors, norms, groups: the catalog's.
+        bonus: of `bonus_of`.
+    """
+    exact_queries = queries.double()[:, None]
+    width = max(1, RESCORE_ELEMENTS // max(1, queries.numel()))
+    parts = found.split(width, dim=1)
+    dots = [fixed_order_sum(exact_queries * vectors[part].double()) for part in parts]
+    # A zero query has no direction: all of its scores are 0, not 0 / 0.
+    scale = query_norms[:, None] * norms[found]
+    exact = torch.cat(dots, dim=1) / scale.masked_fill(scale == 0, 1.0)
+    if bonus is not None:
+        exact = exact * bonus.gather(1, groups[found].long() % bonus.shape[1])
+    return exact.float()
+
+
 @implements("cosine_topk")
 def _cosine_topk(
     queries: Tensor,
@@ -53,10 +100,7 @@ def _cosine_topk(
     # bfloat16 numbers are exact), then additions, the product and its rounding, all of at most
     # about 1.
     query_errors += (dim + 64) * 2.0**-23
-    bonus = None
-    if matched is not None and pi > 0:
-        # A last column that never matches serves the items of group -1.
-        bonus = 1.0 + pi * torch.nn.functional.pad(matched, (0, 1)).double()
+    bonus = bonus_of(matched, pi)
 
     def search(rows: Tensor, candidates: int):
         """Fill in the lists of some queries from this many candidates each."""
@@ -73,27 +117,16 @@ def _cosine_topk(
         bounds.masked_fill_(~eligible, -torch.inf)
         bounds.masked_fill_(~query_norms[rows, None].isfinite(), -torch.inf)
         if seen_rows is not None:
-            user = seen_rows[rows]
-            start = seen_offsets[user.clamp(min=0)]
-            length = seen_offsets[(user + 1).clamp(min=0)] - start  # 0 where user is -1
-            local = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), length)
-            within = torch.arange(len(local), device=rows.device)
-            first = torch.repeat_interleave(start - (length.cumsum(0) - length), length)
-            bounds[local, seen_ids[first + within]] = -torch.inf
+            bounds[seen_pairs(seen_offsets, seen_ids, seen_rows[rows])] = -torch.inf
         best, found = bounds.topk(candidates, dim=1)
         usable = best > -torch.inf
         found = found.masked_fill(~usable, count).sort(dim=1).values
         usable, found = found < count, found.clamp(max=count - 1)
-        exact_queries = queries[rows].double()[:, None]
-        width = max(1, RESCORE_ELEMENTS // (max(1, len(rows)) * dim))
-        parts = found.split(width, dim=1)
-        dots = [fixed_order_sum(exact_queries * vectors[part].double()) for part in parts]
-        # A zero query has no direction: all of its scores are 0, not 0 / 0.
-        scale = query_norms[rows][:, None] * norms[found]
-        exact = torch.cat(dots, dim=1) / scale.masked_fill(scale == 0, 1.0)
-        if bonus is not None:
-            exact = exact * bonus[rows].gather(1, groups[found].long() % bonus.shape[1])
-        exact = exact.float().masked_fill(~usable, -torch.inf)
+        exact = exact_scores(
+            queries[rows], query_norms[rows], vectors, norms, groups, found,
+            None if bonus is None else bonus[rows],
+        )  # fmt: skip
+        exact = exact.masked_fill(~usable, -torch.inf)
         order = exact.sort(dim=1, descending=True, stable=True).indices[:, :k]
         scores[rows] = exact.gather(1, order)
         ids[rows] = found.gather(1, order).masked_fill(~usable.gather(1, order), -1)
