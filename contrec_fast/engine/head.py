@@ -12,6 +12,7 @@ from torch import Tensor
 from contrec_fast import ops
 from contrec_fast.data import Dataset, load_dataset
 from contrec_fast.data.prompts import CategoryMatcher
+from contrec_fast.engine.index import CandidateIndex
 from contrec_fast.models.latent import LatentPath, load_latent_path
 from contrec_fast.ops.checks import FLOATS, check
 
@@ -29,6 +30,8 @@ class Head:
         `seen_rows` refer to. All on the device of `latent`.
         seed: key of the sampler's noise; an int64 scalar tensor on the device can be filled anew
         between calls, recorded ones, too.
+        index: what finds candidates for the search, one of `CandidateIndex.build` of this very
+        catalog or the kind of one to build; the search is exact if not given.
 
     Attributes:
         plan: the sampler, None without diffusion. dataset, matcher: of `Head.of`, else None;
@@ -41,7 +44,13 @@ class Head:
         catalog: ops.Catalog,
         seen: ops.SeenLists | None = None,
         seed: int | Tensor = 0,
+        index: CandidateIndex | str | None = None,
     ):
+        if isinstance(index, str):
+            index = CandidateIndex.build(catalog, index)
+        if index is not None and getattr(index, "catalog", None) is not catalog:
+            raise ValueError("index: expected one of this head's catalog, got one of another")
+        self.index = index
         self.latent, self.catalog, self.seen, self.seed = latent.eval(), catalog, seen, seed
         self.dataset = self.matcher = None
         self._recorded: dict[int, _Recorded] = {}
@@ -53,7 +62,13 @@ class Head:
             )  # fmt: skip
 
     @classmethod
-    def of(cls, latent: LatentPath, dataset: Dataset, seed: int | Tensor = 0) -> "Head":
+    def of(
+        cls,
+        latent: LatentPath,
+        dataset: Dataset,
+        seed: int | Tensor = 0,
+        index: str | None = None,
+    ) -> "Head":
         """With the items of a dataset as catalog and, if the model filters them, histories as
         seen lists, a row for each of its users."""
         device, matcher = latent.item_vectors.device, CategoryMatcher(dataset.items.categories)
@@ -61,13 +76,17 @@ class Head:
         seen = None
         if latent.config.retrieval.filter_seen:
             seen = ops.SeenLists.from_lists(dataset.histories, device)
-        head = cls(latent, catalog, seen, seed)
+        head = cls(latent, catalog, seen, seed, index)
         head.dataset, head.matcher = dataset, matcher
         return head
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu", seed: int | Tensor = 0
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        seed: int | Tensor = 0,
+        index: str | None = None,
     ) -> "Head":
         """Of the folder of a trained model, without its language model.
 
@@ -80,8 +99,8 @@ class Head:
         folder = Path(folder)
         latent = load_latent_path(folder).to(device)
         if not (folder / "data").exists():
-            return cls(latent, ops.Catalog(latent.item_vectors.detach()), seed=seed)
-        return cls.of(latent, load_dataset(folder / "data").complete(), seed)
+            return cls(latent, ops.Catalog(latent.item_vectors.detach()), seed=seed, index=index)
+        return cls.of(latent, load_dataset(folder / "data").complete(), seed, index)
 
     @torch.no_grad()
     def __call__(
@@ -162,13 +181,17 @@ class Head:
         """
         draws, batch = vectors.shape[:2]
         seen = self.seen if seen is None else seen
-        scores, ids = ops.cosine_topk(
-            vectors.flatten(0, 1), self.catalog, k,
+        arguments = (
+            k,
             None if matched is None else matched.repeat(draws, 1),
             self.latent.config.retrieval.bonus,
             None if seen_rows is None else seen,
             None if seen_rows is None else seen_rows.repeat(draws),
-        )  # fmt: skip
+        )
+        if self.index is None:
+            scores, ids = ops.cosine_topk(vectors.flatten(0, 1), self.catalog, *arguments)
+        else:
+            scores, ids = self.index.search(vectors.flatten(0, 1), *arguments)
         if draws > 1:
             shape = (draws, batch, k)
             scores, ids = best_of_draws(scores.reshape(shape), ids.reshape(shape))

@@ -104,7 +104,7 @@ class CandidateIndex:
             )
             index.cp.seed, index.cp.niter = seed, TRAINING_ROUNDS
             index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, TRAINING_ROWS
-            index.nprobe = max(1, nlist // 64)
+            index.nprobe = min(nlist, 32)
         return cls(catalog, index)
 
     @torch.no_grad()
@@ -175,11 +175,13 @@ class CandidateIndex:
             return rows[bound + error >= scores[rows, -1]]
 
         self.counts["queries"] += len(queries)
-        number = k + k // 2 + 4 * MARGIN
+        first = k + k // 2 + 4 * MARGIN
         if seen_rows is not None and len(left):
-            number += len(seen_pairs(seen_offsets, seen_ids, seen_rows)[0]) // len(queries)
-        rounds = [(number, False), (number, True)] if bonus is not None else [(number, False)]
-        for number, apart in [*rounds, (WIDER * number, bonus is not None)]:
+            first += len(seen_pairs(seen_offsets, seen_ids, seen_rows)[0]) // len(queries)
+        rounds = [(first, False), (WIDER * first, False)]
+        if bonus is not None:
+            rounds[1:] = [(first, True), (WIDER * first, True)]
+        for number, apart in rounds:
             if number < len(catalog):
                 chunk = HELD_ELEMENTS // max(2 * number, (k + MARGIN) * queries.shape[1])
                 parts = left.split(max(1, chunk))
@@ -273,8 +275,9 @@ def import_faiss():
     try:
         import faiss
     except ImportError as error:
+        why = " ".join(str(error).split())
         raise ImportError(
-            f"index: expected faiss, got {error}; pip install 'contrec-fast[faiss]'"
+            f"index: expected faiss, got: {why}; pip install 'contrec-fast[faiss]'"
         ) from None
     return faiss
 
