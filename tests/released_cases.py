@@ -53,6 +53,7 @@ def lightning(dim=6, dtype=FLOAT, **hyper_parameters):
     parts |= {"user_encoder": tokenizer_state(dim, 5, 3, dtype=dtype)}
     sizes = {"dim_block.2": (dim, 5), "length_block.0.layers.2": (7, 7), "length_block.3": (3, 7)}
     parts |= {"output_decoder": layers(sizes, dtype)}
+    parts["output_decoder"]["length_block.3.bias"].abs_()  # or all states may be zero
     parts |= {"model": {"base_model.lm_head.weight": torch.randint(9, (4, 1)).byte()}}
     state = {f"{part}.{name}": t for part, own in parts.items() for name, t in own.items()}
     return {"epoch": 3, "state_dict": state, "hyper_parameters": hyper_parameters}

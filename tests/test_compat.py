@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 from argparse import Namespace
 
 import pytest
@@ -26,6 +27,7 @@ from contrec_fast.models import LinearDenoiser, MLPDenoiser
 from contrec_fast.names import MAX_STEPS
 
 BAD = "item_encoder.encoders.0.5.running_var"
+NULL = "diffusion_net.none_embedding.weight"
 
 
 def refusal(error, source, start="source"):
@@ -217,8 +219,8 @@ def test_code_in_a_pickle_is_refused_and_not_run(zipped, tmp_path):
         ("x.bin", b"", "expected .pt, .pth, .ckpt or .safetensors, got '.bin'"),
         ("x.pt", None, "expected a file, got nothing"),
         ("x.pt", [1, 2], "expected a state dict, got list"),
-        ("x.pt", {}, "expected the key none_embedding.weight"),
-        ("x.pt", {1: 2}, "expected the key none_embedding.weight"),
+        ("x.pt", {}, "expected the released keys; missing: diffuser.0.bias, diffuser.0.weight, "),
+        ("x.pt", {1: 2}, " and 2 more; unexpected: 1"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(name, content, message, tmp_path):
@@ -231,25 +233,49 @@ def test_bad_files_are_refused_in_one_line(name, content, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value, error, message",
+    "key, value, message",
     [
-        ("diffusion_net.ln_2.bias", None, ValueError, "expected the key diffusion_net.ln_2.bias"),
-        (BAD, None, ValueError, f"expected the key {BAD}"),
-        ("diffusion_net.x", torch.zeros(1), ValueError, "the released keys only, got diffusion_"),
-        ("other.x", torch.zeros(1), ValueError, "expected the released keys only, got other.x"),
-        (BAD, torch.zeros(3).double(), ValueError, f"{BAD}: expected shape [256], got [3]"),
-        ("diffusion_net.ln_2.bias", torch.zeros(6), TypeError, "dtype float64, got float32"),
-        ("diffusion_net.ln_2.bias", 3, TypeError, "ln_2.bias: expected a tensor, got int"),
-        ("diffusion_net.none_embedding.weight", torch.zeros(6), ValueError, "got [6]"),
-        ("diffusion_net.none_embedding.weight", torch.zeros(1, 7), ValueError, "even width"),
-        ("diffusion_net.c_remap.2.weight", torch.zeros(1), ValueError, "got DeftRec's"),
+        ("diffusion_net.ln_2.bias", None, "missing: diffusion_net.ln_2.bias"),
+        (NULL, None, f"missing: {NULL}"),
+        (BAD, None, f"missing: {BAD}"),
+        ("diffusion_net.x", torch.zeros(1), "unexpected: diffusion_net.x"),
+        ("other.x", torch.zeros(1), "unexpected: other.x"),
+        (BAD, torch.zeros(3).double(), f"wrong: {BAD}: expected shape [256], got [3]"),
+        ("diffusion_net.ln_2.bias", torch.zeros(6), "bias: expected dtype float64, got float32"),
+        ("diffusion_net.ln_2.bias", 3, "diffusion_net.ln_2.bias: expected a tensor, got int"),
+        (NULL, torch.zeros(6).double(), "shape [1, 6], got [6]"),
+        (NULL, torch.zeros(1, 7).double(), "[1, 6], got [1, 7]"),
     ],
-)
-def test_keys_that_do_not_fit_are_refused_in_one_line(key, value, error, message):
+)  # fmt: skip
+def test_keys_that_do_not_fit_are_refused_in_one_line(key, value, message):
     state = lightning()["state_dict"] | {key: value}
     if value is None:
         del state[key]
-    assert message in refusal(error, state)
+    line = refusal(ValueError, state)
+    assert line.startswith("source: expected the released keys; ") and line.endswith(message)
+
+
+def test_one_error_names_all_keys_that_do_not_fit():
+    state = lightning()["state_dict"]
+    missing = sorted(random.sample([k for k in state if not k.startswith("model.")], 9))
+    state = {key: tensor for key, tensor in state.items() if key not in missing}
+    wrong = sorted(random.sample([k for k in state if k.endswith("bias") and "_mlp" not in k], 3))
+    state |= {key: torch.zeros(77).double() for key in wrong}
+    state |= {f"diffusion_net.x{i}": torch.zeros(1) for i in range(30)}
+    line = refusal(ValueError, state)
+    found = dict(part.split(": ", 1) for part in line.split("; ")[1:])
+    unused = ("diffusion_net.emb_mlp", "diffusion_net.diff_mlp")
+    assert found["missing"].split(", ") == [k for k in missing if not k.startswith(unused)]
+    assert found["unexpected"].endswith("diffusion_net.x3 and 6 more")
+    positions = [found["wrong"].index(f"{key}: expected shape [") for key in wrong]
+    assert positions == sorted(positions) and found["wrong"].count("expected") == 3
+
+
+def test_other_architectures_are_refused_in_one_line():
+    state = diffusion_state()
+    line = refusal(ValueError, state | {"c_remap.2.weight": torch.zeros(1)})
+    assert line.endswith("expected ContRec's diffusion network, got DeftRec's")
+    assert "expected an even width of at least 4" in refusal(ValueError, diffusion_state(dim=7))
 
 
 def test_other_arguments_are_refused_in_one_line():

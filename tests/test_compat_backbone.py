@@ -178,58 +178,52 @@ def test_adapters_beside_weights_of_four_bits(folder):
     assert_same(load_released_backbone(state, folder), model)
     for part in ("absmax", "nested_quant_map", "quant_map"):
         broken = {k: t for k, t in state.items() if k != f"{LAYER}.base_layer.weight.{part}"}
-        with refused(ValueError, f"source: {LAYER}.weight"):
+        with pytest.raises(ValueError, match=f"wrong: {LAYER}.weight: expected a weight of four"):
             load_released_backbone(broken, folder)
 
 
 @pytest.mark.parametrize(
-    "changes, error, message",
+    "changes, message",
     [
-        ({f"{LAYER}.base_layer.weight": None}, ValueError, f"missing: {LAYER}.weight"),
-        ({f"{LAYER}.lora_A.default.weight": None}, ValueError, f"missing: {LAYER}.lora_A.default"),
+        ({f"{LAYER}.base_layer.weight": None}, f"missing: {LAYER}.weight"),
+        ({f"{LAYER}.lora_A.default.weight": None}, f"missing: {LAYER}.lora_A.default"),
         (
             {
                 "x.y": torch.ones(1),
                 "model.z": torch.ones(1),
                 f"{LAYER}.lora_B.default.weight": None,
             },
-            ValueError,
             f"missing: {LAYER}.lora_B.default.weight; unexpected: model.z, x.y",
         ),
         (
             {f"{LAYER}.lora_magnitude_vector.default.weight": torch.ones(16)},
-            ValueError,
             "unexpected",
         ),
         (
             {f"{LAYER}.lora_B.default.weight": torch.ones(16, 9)},
-            ValueError,
             "shape [16, 4], got [16",
         ),
         (
             {f"{LAYER}.lora_A.default.weight": torch.ones(4, 9)},
-            ValueError,
             "shape [rank, 16], got [4",
         ),
         (
             {f"{LAYER}.base_layer.weight": torch.ones(9, 9)},
-            ValueError,
             "q_proj.weight: expected sh",
         ),
-        ({f"{LAYER}.base_layer.weight": torch.ones(16, 16).byte()}, TypeError, "got uint8"),
-        ({f"{LAYER}.base_layer.weight": "x"}, TypeError, "expected a tensor, got str"),
+        ({f"{LAYER}.base_layer.weight": torch.ones(16, 16).byte()}, "got uint8"),
+        ({f"{LAYER}.base_layer.weight": "x"}, "expected a tensor, got str"),
         (
             {"model.base_model.model.lm_head.weight": torch.ones(3, 16)},
-            ValueError,
             "lm_head.weight: exp",
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_and_changes_nothing(folder, changes, error, message):
+def test_what_does_not_fit_is_refused_and_changes_nothing(folder, changes, message):
     state = lightning(adapted(folder)) | changes
     state = {key: tensor for key, tensor in state.items() if tensor is not None}
     base, before = load(folder), load(folder).state_dict()
-    with pytest.raises(error) as caught:
+    with pytest.raises(ValueError) as caught:
         load_released_backbone(state, base)
     line = str(caught.value)
     assert line.startswith("source: ") and "\n" not in line
@@ -249,7 +243,7 @@ def test_other_arguments_are_refused_in_one_line(folder, tmp_path):
     with refused(TypeError, "source"):
         load_released_backbone(3, folder)
     many = lightning(model) | {f"model.x{i}": torch.ones(1) for i in range(30)}
-    with pytest.raises(ValueError, match="model.x0, .* and 22 more$"):
+    with pytest.raises(ValueError, match="model.x0, .* and 6 more$"):
         load_released_backbone(many, folder)
     write_backbone(tmp_path, "gpt2")
     other = lightning(get_peft_model(load(tmp_path), LoraConfig(target_modules=["c_attn"])))

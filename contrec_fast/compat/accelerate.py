@@ -144,7 +144,8 @@ class Acceleration:
         if self._parts is None or not _same(self._parts.made_of, made_of):
             weights = Weights("diffusion_net", state)
             denoiser, encoder = diffusion_modules(weights)
-            weights.finish(*NOT_USED)
+            weights.close(*NOT_USED)
+            weights.problems.finish()
             plan = plan_sampling(denoiser, timesteps=ddpm.timesteps, guidance=ddpm.w)
             scale = _tabulate(plan, *tables)
             with torch.no_grad():

@@ -9,16 +9,16 @@ are `<diff>`, `<\\diff>`, `<continuous_token_k>` and `<user_continuous_token_k>`
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from contrec_fast.compat.state import read_source
+from contrec_fast.compat.state import Problems, read_source
 from contrec_fast.models.backbone import load_language_model
-from contrec_fast.ops.checks import FLOATS, check
+from contrec_fast.ops.checks import FLOATS
 
 PREFIXES = ("model.base_model.model.", "base_model.model.", "model.", "")
 OTHER_PARTS = ("diffusion_net.", "item_encoder.", "user_encoder.", "output_decoder.")
@@ -26,7 +26,6 @@ ADAPTER = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 QUANTIZED = re.compile(
     r"(.+\.weight)\.((?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.bitsandbytes__\w+)"
 )
-LISTED = 8  # keys of a kind in an error
 
 
 def load_released_backbone(
@@ -53,8 +52,8 @@ def load_released_backbone(
         A plain Hugging Face model in eval mode.
 
     Raises:
-        TypeError, ValueError: not such a file or folder, keys that are missing or unknown, a
-        wrong shape or dtype, in one line. The base is then as it was.
+        TypeError, ValueError: not such a file or folder, keys that are missing or unknown, wrong
+        shapes or dtypes, in one line that names all such keys. The base is then as it was.
     """
     where, content = read_source(source)
     if isinstance(content.get("state_dict"), Mapping):
@@ -64,21 +63,23 @@ def load_released_backbone(
     elif not isinstance(base, PreTrainedModel):
         got = type(base).__name__
         raise TypeError(f"base: expected a folder or a Hugging Face model, got {got}")
-    checkpoint = _Checkpoint(where, content, base)
-    rows = checkpoint.check()
-    if rows not in (None, base.get_input_embeddings().num_embeddings):
-        base.resize_token_embeddings(rows, mean_resizing=False)
-    with torch.no_grad():
-        for name, own in base.state_dict().items():
-            own.copy_(checkpoint.merged(name, own, lora_alpha))
-    return base.eval()
+    problems = Problems(where, f"the keys of a {type(base).__name__} and its adapters")
+    checkpoint = BackboneCheckpoint(content, base, problems)
+    problems.finish()
+    return checkpoint.load(lora_alpha)
 
 
-class _Checkpoint:
-    """A state dict by the base's names: weights, the parts of quantised ones, and adapters."""
+class BackboneCheckpoint:
+    """A state dict by the base's names: weights, the parts of quantised ones, and adapters.
 
-    def __init__(self, where: str, content: Mapping[str, Tensor], base: PreTrainedModel):
-        self.where, self.base, self.own = where, base, base.state_dict()
+    What does not fit is noted, and left for the caller to raise.
+
+    Attributes:
+        rows: of the vocabulary, None if the checkpoint does not say.
+    """
+
+    def __init__(self, content: Mapping[str, Tensor], base: PreTrainedModel, problems: Problems):
+        self.base, self.own, self.problems = base, base.state_dict(), problems
         keys = [str(key) for key in content]
         starts = {
             prefix: sum(
@@ -88,26 +89,27 @@ class _Checkpoint:
             for prefix in PREFIXES
         }
         self.prefix = max(starts, key=starts.get)
-        if not starts[self.prefix]:
-            kind = type(base).__name__
-            raise ValueError(f"{where}: expected weights or adapters of a {kind}, found none")
-        self.weights, self.unexpected = {}, []
+        self.weights, self.rows = {}, None
         self.quantized, self.adapters = defaultdict(dict), defaultdict(dict)
+        if not starts[self.prefix]:
+            problems.missing.append(f"weights or adapters of a {type(base).__name__}")
+            return
         for key, tensor in zip(keys, content.values()):
             name = key.removeprefix(self.prefix)
             if not key.startswith(self.prefix) or self._owner(name) not in self.own:
                 if not key.startswith(OTHER_PARTS):
-                    self.unexpected.append(key)
+                    problems.unexpected.append(key)
                 continue
             if not isinstance(tensor, Tensor):
-                got = type(tensor).__name__
-                raise TypeError(f"{where}: {key}: expected a tensor, got {got}")
+                problems.wrong.append(f"{key}: expected a tensor, got {type(tensor).__name__}")
+                tensor = self.own[self._owner(name)]  # so that it is not missing, too
             if found := ADAPTER.fullmatch(name):
                 self.adapters[f"{found[1]}.weight"][found[2]] = tensor
             elif found := QUANTIZED.fullmatch(name.replace(".base_layer.", ".")):
                 self.quantized[found[1]][found[2]] = tensor
             else:
                 self.weights[self._owner(name)] = tensor
+        self._check()
 
     @staticmethod
     def _owner(name: str) -> str:
@@ -117,56 +119,65 @@ class _Checkpoint:
         name = name.replace(".base_layer.", ".")
         return found[1] if (found := QUANTIZED.fullmatch(name)) else name
 
-    def check(self) -> int | None:
-        """Refuse what does not fit; return the number of the vocabulary's rows, if it is given."""
+    def _check(self) -> None:
         shared = defaultdict(list)  # names of one and the same tensor
         for name, own in self.own.items():
             shared[own.data_ptr()].append(name)
-        self._check_keys(shared.values())
+        if self.weights or self.quantized:
+            for names in shared.values():
+                self._check_shared(names)
         for name, pair in self.adapters.items():
-            layer = name.removesuffix(".weight")
-            label, own = f"{self.where}: {self.prefix}{layer}", self.own[name]
-            alone = len(shared[own.data_ptr()]) == 1
-            if not isinstance(self.base.get_submodule(layer), nn.Linear) or not alone:
-                raise ValueError(f"{label}: expected no adapter but of linear layers, got one")
-            check(f"{label}.lora_A", pair["A"], ("rank", own.shape[1]), FLOATS)
-            check(f"{label}.lora_B", pair["B"], (own.shape[0], len(pair["A"])), FLOATS)
+            self._check_adapter(name, pair, alone=len(shared[self.own[name].data_ptr()]) == 1)
         tables = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         tables = [table.weight.data_ptr() for table in tables if table is not None]
-        rows = None
         for name, tensor in self.weights.items():
-            key, shape = f"{self.where}: {self.prefix}{name}", tuple(self.own[name].shape)
+            key, shape = self.prefix + name, tuple(self.own[name].shape)
             if name in self.quantized:
-                tensor = self._dequantized(name)
+                try:
+                    tensor = self._dequantized(name)
+                except ValueError as error:
+                    self.problems.wrong.append(f"{key}: {error}")
+                    continue
             elif self.own[name].data_ptr() in tables:
-                rows = rows or (len(tensor) if tensor.dim() else 0)
-                shape = (rows, *shape[1:])
-            check(key, tensor, shape, FLOATS)
-        return rows
+                self.rows = self.rows or (len(tensor) if tensor.dim() else 0)
+                shape = (self.rows, *shape[1:])
+            self.problems.check(key, tensor, shape, FLOATS)
 
-    def _check_keys(self, shared: Iterable[list[str]]) -> None:
-        missing = []
-        for names in shared if self.weights or self.quantized else ():
-            given = [self.weights[name] for name in names if name in self.weights]
-            if not given:
-                missing.append(self.prefix + names[0])
-            elif any(not torch.equal(given[0], other) for other in given[1:]):
-                raise ValueError(
-                    f"{self.where}: expected one tensor as {' and '.join(names)}, which the base "
-                    "shares, got two"
-                )
-        for name, pair in self.adapters.items():
-            layer = self.prefix + name.removesuffix("weight")
-            missing += [f"{layer}lora_{part}.default.weight" for part in "AB" if part not in pair]
-        if missing or self.unexpected:
-            found = [("missing", missing), ("unexpected", self.unexpected)]
-            lists = "; ".join(f"{what}: {_listed(keys)}" for what, keys in found if keys)
-            kind = type(self.base).__name__
-            raise ValueError(
-                f"{self.where}: expected the keys of a {kind} and its adapters; {lists}"
+    def _check_shared(self, names: list[str]) -> None:
+        given = [self.weights[name] for name in names if name in self.weights]
+        if not given:
+            self.problems.missing.append(self.prefix + names[0])
+        elif any(not torch.equal(given[0], other) for other in given[1:]):
+            self.problems.wrong.append(
+                f"{self.prefix}{' and '.join(names)}: expected one tensor, which the base shares, "
+                "got two"
             )
 
-    def merged(self, name: str, own: Tensor, lora_alpha: float) -> Tensor:
+    def _check_adapter(self, name: str, pair: dict[str, Tensor], alone: bool) -> None:
+        layer, own = name.removesuffix(".weight"), self.own[name]
+        keys = {part: f"{self.prefix}{layer}.lora_{part}.default.weight" for part in "AB"}
+        missing = [keys[part] for part in "AB" if part not in pair]
+        self.problems.missing += missing
+        if not isinstance(self.base.get_submodule(layer), nn.Linear) or not alone:
+            self.problems.wrong.append(
+                f"{self.prefix}{layer}: expected no adapter but of linear layers, got one"
+            )
+        elif not missing and self.problems.check(
+            keys["A"], pair["A"], ("rank", own.shape[1]), FLOATS
+        ):
+            self.problems.check(keys["B"], pair["B"], (own.shape[0], len(pair["A"])), FLOATS)
+
+    @torch.no_grad()
+    def load(self, lora_alpha: float) -> PreTrainedModel:
+        """Put everything into the base, once nothing is wrong."""
+        table = self.base.get_input_embeddings()
+        if self.rows not in (None, table.num_embeddings):
+            self.base.resize_token_embeddings(self.rows, mean_resizing=False)
+        for name, own in self.base.state_dict().items():
+            own.copy_(self._merged(name, own, lora_alpha))
+        return self.base.eval()
+
+    def _merged(self, name: str, own: Tensor, lora_alpha: float) -> Tensor:
         """The weight of this name: the checkpoint's or else `own`, and its adapter."""
         weight = self.weights.get(name, own)
         if name in self.quantized:
@@ -184,8 +195,8 @@ class _Checkpoint:
             return dequantize(self.weights[name], parts)
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
             raise ValueError(
-                f"{self.where}: {self.prefix}{name}: expected a weight of four bits as "
-                f"bitsandbytes stores it, got {type(error).__name__}: {error}"
+                "expected a weight of four bits as bitsandbytes stores it, got "
+                f"{type(error).__name__}: {error}"
             ) from None
 
 
@@ -212,9 +223,3 @@ def dequantize(packed: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     values = parts["quant_map"][codes] * scales.repeat_interleave(state["blocksize"])[: len(codes)]
     dtype = getattr(torch, state["dtype"])
     return values.to(dtype)[: torch.Size(state["shape"]).numel()].reshape(state["shape"])
-
-
-def _listed(keys: Iterable[str]) -> str:
-    keys = sorted(keys)
-    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return ", ".join(keys[:LISTED]) + more

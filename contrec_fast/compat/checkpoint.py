@@ -13,11 +13,11 @@ from contrec_fast.models.tokenizer import SigmaVAE
 from contrec_fast.names import MAX_STEPS
 
 SETTINGS = {"schedule": "exp", "timesteps": 200, "method": "ddpm", "guidance": 2.0}
-NOT_LOADED = (
-    "model.", "item_encoder.blocks.", "item_encoder.pos.", "user_encoder.blocks.",
-    "user_encoder.pos.",
+FIRST_VERSION = (
+    "item_encoder.blocks.", "item_encoder.pos.", "user_encoder.blocks.", "user_encoder.pos.",
 )  # fmt: skip
 UNUSED = ("emb_mlp.", "diff_mlp.")  # of the diffusion module, by its own forward pass
+TOKENIZERS = {"item_tokenizer": "item_encoder.", "user_tokenizer": "user_encoder."}
 HYPER_PARAMETERS = {"schedule": "beta_sche", "timesteps": "timesteps", "guidance": "w"}
 
 
@@ -36,26 +36,17 @@ def load_released(
         Copies of the weights in their dtype on their device (a file's: the CPU), in eval mode.
 
     Raises:
-        TypeError, ValueError: not such a file, a key that is missing or unknown, a wrong shape
-        or dtype, a noise schedule other than exp and sqrt, no number of timesteps or guidance, in
-        one line that names file and key.
+        TypeError, ValueError: not such a file, keys that are missing or unknown, wrong shapes or
+        dtypes, a noise schedule other than exp and sqrt, no number of timesteps or guidance, in
+        one line that names the file and all such keys.
     """
     where, content = read_source(source)
-    settings = dict(SETTINGS)
-    if isinstance(content.get("state_dict"), Mapping):
-        settings |= _settings(f"{where}: hyper_parameters", content.get("hyper_parameters"))
-        content = content["state_dict"]
-    weights = Weights(where, content)
-    prefix = "diffusion_net." if weights.any("diffusion_net.") else ""
-    denoiser, condition_encoder = diffusion_modules(weights, prefix)
-    shape = condition_encoder.positional_embeddings.weight.shape
-    decoder = _output_decoder(weights, *shape) if weights.any("output_decoder.") else None
-    tokenizers = [
-        _tokenizer(weights, own, constant_noise) if weights.any(f"{own}encoders.") else None
-        for own in ("item_encoder.", "user_encoder.")
-    ]
-    weights.finish(*(f"{prefix}{name}" for name in UNUSED), *NOT_LOADED)
-    released = Released(denoiser, condition_encoder, decoder, *tokenizers, settings)
+    state, settings = state_and_settings(where, content)
+    weights = Weights(where, state)
+    released = released_parts(weights, settings)
+    weights.problems.finish()
+    if constant_noise:
+        add_constant_noise(weights, released)
     return released.eval()
 
 
@@ -79,9 +70,61 @@ def load_released_tokenizer(
         TypeError, ValueError: as `load_released`.
     """
     weights = Weights(*read_source(source))
-    tokenizer = _tokenizer(weights, "", constant_noise)
-    weights.finish()
+    tokenizer = _tokenizer(weights, "")
+    weights.close()
+    weights.problems.finish()
+    if constant_noise and weights.any("pos."):
+        _add_constant(tokenizer)
     return tokenizer.eval()
+
+
+def state_and_settings(where: str, content: Mapping) -> tuple[Mapping[str, Tensor], dict]:
+    """The state dict in what was read, and the sampler's settings, in our words."""
+    if not isinstance(content.get("state_dict"), Mapping):
+        return content, dict(SETTINGS)
+    settings = _settings(f"{where}: hyper_parameters", content.get("hyper_parameters"))
+    return content["state_dict"], SETTINGS | settings
+
+
+def released_parts(weights: Weights, settings: dict, whole: bool = False) -> Released:
+    """Everything but the language model. Problems are noted, and left for the caller to raise.
+
+    Args:
+        whole: a checkpoint has to have every part; otherwise only the diffusion module.
+    """
+    prefix = "diffusion_net." if whole or weights.any("diffusion_net.") else ""
+    denoiser, condition_encoder = diffusion_modules(weights, prefix)
+    shape = condition_encoder.positional_embeddings.weight.shape
+    decoder = None
+    if whole or weights.any("output_decoder."):
+        decoder = _output_decoder(weights, *shape)
+    tokenizers = {
+        name: _tokenizer(weights, start) if whole or weights.any(f"{start}encoders.") else None
+        for name, start in TOKENIZERS.items()
+    }
+    ignored = ("model.",) if whole else ("model.", *FIRST_VERSION)
+    weights.close(*(f"{prefix}{name}" for name in UNUSED), *ignored)
+    return Released(denoiser, condition_encoder, decoder, settings=settings, **tokenizers)
+
+
+def add_constant_noise(weights: Weights, released: Released) -> None:
+    """To the tokens of sigma-VAEs; see `load_released_tokenizer`."""
+    for name, start in TOKENIZERS.items():
+        # Only the sigma-VAE has a position; without it this is the release's plain autoencoder.
+        tokenizer = getattr(released, name)
+        if tokenizer is not None and weights.any(f"{start}pos."):
+            _add_constant(tokenizer)
+
+
+@torch.no_grad()
+def _add_constant(tokenizer: SigmaVAE) -> None:
+    generator = torch.Generator().manual_seed(42)
+    last = [encoder[8] for encoder in tokenizer.encoders]
+    # In this order, in float32 and on the CPU, as there.
+    epsilon = torch.randn(1, len(last[0].bias), generator=generator, dtype=torch.float32)[0]
+    sigma = torch.normal(0.0, 0.1, (1,), generator=generator, dtype=torch.float32)
+    for layer in last:
+        layer.bias += (sigma * epsilon).to(layer.bias)
 
 
 def diffusion_modules(
@@ -90,14 +133,16 @@ def diffusion_modules(
     """The denoiser and the condition encoder of a `Tenc` whose keys begin with `prefix`."""
     if weights.any(f"{prefix}c_remap."):
         raise ValueError(f"{weights.where}: expected ContRec's diffusion network, got DeftRec's")
-    dim = weights.shape(f"{prefix}none_embedding.weight")[1]
+    tables = [f"{prefix}{name}.weight" for name in ("none_embedding", "positional_embeddings")]
+    norms = [(f"{prefix}ln_{i}.weight", 0) for i in (1, 2, 3)]
+    dim = weights.size(*((table, 1) for table in tables), *norms)
     if dim < 4 or dim % 2:
         raise ValueError(
-            f"{weights.where}: {prefix}none_embedding.weight: expected an even width of at least 4 "
+            f"{weights.where}: {tables[0]}: expected an even width of at least 4 "
             f"(the released time embedding has no other), got {dim}"
         )
     two_layers = weights.any(f"{prefix}diffuser.2.")
-    positions = weights.shape(f"{prefix}positional_embeddings.weight")[0]
+    positions = weights.size((tables[1], 0), ("output_decoder.length_block.3.weight", 0))
     with torch.device("meta"):  # no memory and no random numbers for what is filled next
         denoiser = MLPDenoiser(dim) if two_layers else LinearDenoiser(dim)
         condition_encoder = ReleasedConditionEncoder(dim, positions)
@@ -113,40 +158,33 @@ def diffusion_modules(
     return denoiser, condition_encoder
 
 
-def _tokenizer(weights: Weights, prefix: str, constant_noise: bool) -> SigmaVAE:
+def _tokenizer(weights: Weights, prefix: str) -> SigmaVAE:
     start = f"{prefix}encoders."
-    ways = {key.removeprefix(start).split(".")[0] for key in weights.left if key.startswith(start)}
-    dim = weights.shape(f"{start}0.0.weight")[1]
-    hidden = weights.shape(f"{start}0.8.weight")[0]
+    numbers = {key[len(start) :].split(".")[0] for key in weights.left if key.startswith(start)}
+    ways = max(1, len(numbers))
+    firsts, lasts = ([f"{start}{k}.{layer}.weight" for k in range(ways)] for layer in (0, 8))
+    dim = weights.size(*((key, 1) for key in firsts), (f"{prefix}decoder.8.weight", 0))
+    hidden = weights.size(*((key, 0) for key in lasts), (f"{prefix}decoder.0.weight", 1))
     with torch.device("meta"):
-        tokenizer = SigmaVAE(dim, hidden, len(ways), sigma=0.1, mask_ratio=0.1, dropout=0.5)
+        tokenizer = SigmaVAE(dim, hidden, ways, sigma=0.1, mask_ratio=0.1, dropout=0.5)
     for layers in (*tokenizer.encoders, tokenizer.decoder):
         layers[7].p = 0.2  # the second dropout, should training go on
-    like = weights.tensors[f"{start}0.0.weight"]
-    fixed = {"fill": like.new_zeros(dim), "position": like.new_zeros(len(ways), dim)}
+    like = weights.tensors.get(firsts[0])
+    like = like if isinstance(like, Tensor) else torch.empty(0)
+    fixed = {"fill": like.new_zeros(dim), "position": like.new_zeros(ways, dim)}
     weights.fill(tokenizer, prefix, fixed=fixed)
-    # Only the sigma-VAE has a position; without it this is the release's plain autoencoder.
     if weights.any(f"{prefix}pos."):
         weights.take(f"{prefix}pos.weight", (1, dim))
-        if constant_noise:
-            generator = torch.Generator().manual_seed(42)
-            # In this order, in float32 and on the CPU, as there.
-            epsilon = torch.randn(1, hidden, generator=generator, dtype=torch.float32)[0]
-            sigma = torch.normal(0.0, 0.1, (1,), generator=generator, dtype=torch.float32)
-            with torch.no_grad():
-                for encoder in tokenizer.encoders:
-                    encoder[8].bias += (sigma * epsilon).to(like)
     return tokenizer
 
 
 def _output_decoder(weights: Weights, positions: int, dim: int) -> ReleasedOutputDecoder:
-    prefix = "output_decoder."
-    width_in = weights.shape(f"{prefix}dim_block.2.weight")[1]
-    tokens = weights.shape(f"{prefix}length_block.3.weight")[1]
+    prefix, layers = "output_decoder.", ("dim_block.2", "length_block.0.layers.2", "length_block.3")
+    project, mix, shorten = (f"{prefix}{layer}.weight" for layer in layers)
+    tokens = weights.size((shorten, 1), (mix, 0), (mix, 1))
     with torch.device("meta"):
-        decoder = ReleasedOutputDecoder(tokens, width_in, positions, dim)
-    names = {"project": "dim_block.2", "mix": "length_block.0.layers.2"}
-    weights.fill(decoder, prefix, names | {"shorten": "length_block.3"})
+        decoder = ReleasedOutputDecoder(tokens, weights.size((project, 1)), positions, dim)
+    weights.fill(decoder, prefix, dict(zip(("project", "mix", "shorten"), layers)))
     return decoder
 
 

@@ -2,7 +2,8 @@
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from contrec_fast.ops.checks import FLOATS, check
 
 PICKLES = (".pt", ".pth", ".ckpt")
+LISTED = 24  # keys of a kind in an error
 
 
 def read_source(source: str | Path | Mapping) -> tuple[str, Mapping]:
@@ -48,8 +50,48 @@ def read_source(source: str | Path | Mapping) -> tuple[str, Mapping]:
     return str(path), content
 
 
+class Problems:
+    """What is wrong with the keys of a state dict, gathered so that one error names all of it.
+
+    Args:
+        where: first words of the error, the file. expected: what the keys should have been.
+    """
+
+    def __init__(self, where: str, expected: str):
+        self.where, self.expected = where, expected
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.wrong: list[str] = []  # a key and what is wrong with it
+
+    def check(self, key: str, tensor: Tensor, shape: tuple, dtypes: tuple) -> bool:
+        """Whether a key's tensor has this shape and one of these dtypes."""
+        try:
+            check(key, tensor, shape, dtypes)
+        except (TypeError, ValueError) as error:
+            self.wrong.append(str(error))
+            return False
+        return True
+
+    def finish(self) -> None:
+        """Raise ValueError, in one line, if anything is wrong."""
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "wrong": self.wrong}
+        found = "; ".join(f"{kind}: {listed(keys)}" for kind, keys in kinds.items() if keys)
+        if found:
+            raise ValueError(f"{self.where}: expected {self.expected}; {found}")
+
+
+def listed(keys: Iterable[str]) -> str:
+    """Each key once, the first ones by name."""
+    keys = sorted(set(keys))
+    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return ", ".join(keys[:LISTED]) + more
+
+
 class Weights:
     """A released state dict, of which every key is used or known to be ignored.
+
+    What does not fit is gathered and raised by `problems.finish()`; until then a module that has
+    been filled may lack weights.
 
     Args:
         where: first words of every error, the file.
@@ -57,27 +99,45 @@ class Weights:
 
     def __init__(self, where: str, tensors: Mapping[str, Tensor]):
         self.where, self.tensors = where, {str(key): value for key, value in tensors.items()}
+        self.problems = Problems(where, "the released keys")
         self.left = set(self.tensors)
-        self.dtype = None  # of all weights, once the first is known
+        self.dtypes: dict[str, torch.dtype] = {}  # of the weights that were taken
 
     def any(self, start: str) -> bool:
         """Whether a key starts so."""
         return any(key.startswith(start) for key in self.tensors)
 
-    def shape(self, key: str) -> torch.Size:
-        """Of a matrix."""
-        self._require(key)
-        check(f"{self.where}: {key}", self.tensors[key], ("rows", "columns"), FLOATS)
-        return self.tensors[key].shape
+    def size(self, *places: tuple[str, int], otherwise: int = 8) -> int:
+        """What most of these tensors have as their size in this dimension.
 
-    def take(self, key: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor of this key, which has to have this shape, and the dtype of all others."""
-        self._require(key)
-        tensor = self.tensors[key]
-        dtypes = (dtype,) if dtype else (self.dtype,) if self.dtype else FLOATS
-        check(f"{self.where}: {key}", tensor, shape, dtypes)
-        self.dtype = self.dtype or tensor.dtype
+        Args:
+            places: keys and dimensions. otherwise: the result where none of the keys is there, so
+            that something can be made whose keys are missing.
+        """
+        found = Counter()
+        for key, dimension in places:
+            tensor = self.tensors.get(key)
+            if isinstance(tensor, Tensor) and tensor.dim() > dimension and 0 not in tensor.shape:
+                found[tensor.shape[dimension]] += 1
+        return found.most_common(1)[0][0] if found else otherwise
+
+    def take(
+        self, key: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor | None:
+        """The tensor of this key, or None if it is missing or of another shape.
+
+        Args:
+            dtype: the only one allowed; otherwise any float, but the same for all weights.
+        """
         self.left.discard(key)
+        if key not in self.tensors:
+            self.problems.missing.append(key)
+            return None
+        tensor = self.tensors[key]
+        if not self.problems.check(key, tensor, shape, (dtype,) if dtype else FLOATS):
+            return None
+        if not dtype:
+            self.dtypes[key] = tensor.dtype
         return tensor
 
     def fill(
@@ -106,15 +166,17 @@ class Weights:
             elif name.endswith(("w_1.weight", "w_2.weight")):
                 shape = (*shape, 1)  # convolutions of width 1 there
             counter = None if own.dtype.is_floating_point else own.dtype
-            values[name] = self.take(prefix + key, shape, counter).reshape(own.shape).clone()
-        module.load_state_dict(values, assign=True)
+            tensor = self.take(prefix + key, shape, counter)
+            if tensor is not None:
+                values[name] = tensor.reshape(own.shape).clone()
+        module.load_state_dict(values, strict=False, assign=True)
 
-    def finish(self, *ignored: str) -> None:
-        """Refuse keys that were neither taken nor start with one of `ignored`."""
-        left = sorted(key for key in self.left if not key.startswith(ignored))
-        if left:
-            raise ValueError(f"{self.where}: expected the released keys only, got {left[0]}")
-
-    def _require(self, key: str) -> None:
-        if key not in self.tensors:
-            raise ValueError(f"{self.where}: expected the key {key}, got a state dict without it")
+    def close(self, *ignored: str) -> None:
+        """Note keys that were neither taken nor start with one of `ignored`, and odd dtypes."""
+        self.problems.unexpected += [key for key in self.left if not key.startswith(ignored)]
+        counts = Counter(self.dtypes.values())
+        usual = counts.most_common(1)[0][0] if counts else None
+        for key, dtype in self.dtypes.items():
+            if dtype != usual:
+                wanted, got = (str(d).removeprefix("torch.") for d in (usual, dtype))
+                self.problems.wrong.append(f"{key}: expected dtype {wanted}, got {got}")
