@@ -59,6 +59,15 @@ def lightning(dim=6, dtype=FLOAT, **hyper_parameters):
     return {"epoch": 3, "state_dict": state, "hyper_parameters": hyper_parameters}
 
 
+def randomize_language_model(model):
+    """Weights with which what a language model writes depends on what it reads."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # not around 0, or there would be next to no logits
+            torch.nn.init.uniform_(parameter, 0.2, 0.4)
+        else:
+            torch.nn.init.normal_(parameter, std=0.3 if "lora" in name else 0.1)
+
+
 def linear(state, name, x):
     return (
         state[f"{name}.weight"].reshape(len(state[f"{name}.bias"]), -1) @ x + state[f"{name}.bias"]

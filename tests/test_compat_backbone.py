@@ -43,11 +43,7 @@ def adapted(folder, rank=4, rows=7, targets=RELEASED):
     base = load(folder)
     base.resize_token_embeddings(base.config.vocab_size + rows)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=32, target_modules=targets))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # not around 0, or there would be next to no logits
-            torch.nn.init.uniform_(parameter, 0.2, 0.4)
-        else:
-            torch.nn.init.normal_(parameter, std=0.3 if "lora" in name else 0.1)
+    released_cases.randomize_language_model(model)
     return model.eval()
 
 

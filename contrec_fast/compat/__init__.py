@@ -26,16 +26,22 @@ from contrec_fast.compat.modules import (
     ReleasedConditionEncoder,
     ReleasedOutputDecoder,
 )
+from contrec_fast.compat.prediction import Predictions, Predictor
+from contrec_fast.compat.whole import ReleasedModel, load_released_checkpoint
 from contrec_fast.models.tokenizer import fold_batch_norms
 
 __all__ = [
     "Acceleration",
+    "Predictions",
+    "Predictor",
     "Released",
     "ReleasedConditionEncoder",
+    "ReleasedModel",
     "ReleasedOutputDecoder",
     "accelerate_released",
     "fold_batch_norms",
     "load_released",
     "load_released_backbone",
+    "load_released_checkpoint",
     "load_released_tokenizer",
 ]

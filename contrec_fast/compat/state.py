@@ -63,6 +63,9 @@ class Problems:
         self.unexpected: list[str] = []
         self.wrong: list[str] = []  # a key and what is wrong with it
 
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.wrong)
+
     def check(self, key: str, tensor: Tensor, shape: tuple, dtypes: tuple) -> bool:
         """Whether a key's tensor has this shape and one of these dtypes."""
         try:

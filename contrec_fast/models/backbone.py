@@ -93,6 +93,20 @@ def _read(path: str | Path, kind: type, **options):
         raise ValueError(f"{path}: expected a causal language model, got: {reason}") from None
 
 
+def load_text_tokenizer(path: str | Path):
+    """Load the tokenizer of a causal LM folder; without a padding token it pads with its end.
+
+    Raises:
+        ValueError: not such a folder, or its tokenizer cannot end a text.
+    """
+    tokenizer = _read(path, AutoTokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: expected a tokenizer with an end-of-text token, found none")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def load_backbone(path: str | Path):
     """Load a causal LM folder and make sure it knows `<diff>` and `</diff>`.
 
@@ -103,11 +117,7 @@ def load_backbone(path: str | Path):
         ValueError: not the folder of a causal LM with all of its weights, or its tokenizer cannot
         end a text.
     """
-    model, tokenizer = load_language_model(path), _read(path, AutoTokenizer)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{path}: expected a tokenizer with an end-of-text token, found none")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model, tokenizer = load_language_model(path), load_text_tokenizer(path)
     if tokenizer.add_tokens([OPEN, CLOSE], special_tokens=True):
         table = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > table:
