@@ -54,7 +54,8 @@ def made_up(folder, two_layers=True, dim=DIM, dtype=torch.float64, **sizes):
         if isinstance(module, nn.BatchNorm1d):
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.1, 1)
-    for norm in (model.diffusion_net.ln_2, model.diffusion_net.ln_3):
+    for norm in (model.diffusion_net.ln_1, model.diffusion_net.ln_2, model.diffusion_net.ln_3):
+        # Not 1: queries that sum to 0 are padding, whatever rounding makes of their sums.
         nn.init.normal_(norm.weight, mean=3)
     for layer in (model.output_decoder.dim_block[2], model.output_decoder.length_block[3]):
         nn.init.uniform_(layer.bias, 0.1, 1)  # or all states may be zero
