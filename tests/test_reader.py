@@ -1,6 +1,7 @@
 """The reader: conditions and texts of ContRec's own methods, whatever the language model."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from contrec_fast.data.interactions import Items
 from contrec_fast.engine import reader as reader_module
 from contrec_fast.engine.decoding import Decoder, greedy
 from contrec_fast.engine.drafts import CONTEXT, LONGEST, RECENT, Drafts
+from contrec_fast.engine.prompting import PromptPacker
 from contrec_fast.engine.reader import Reader
 
 VARIANTS = [
@@ -282,3 +284,24 @@ def test_drafts_learn_what_is_written_and_forget():
         drafts.learn(torch.tensor([[4, 5, 6, 7, 9]]).repeat(RECENT, 1))
     assert drafted(drafts, []) == [4, 5, 6, 7] and drafted(drafts, [1]) == []
     assert sum(map(len, drafts._recent)) <= 2 * RECENT
+
+
+@pytest.mark.parametrize("overrides", [[], ["prompt.text=none"]])
+def test_items_are_encoded_in_any_thread_while_others_are_packed(overrides):
+    prompts = prompts_of(random_model("prompt.user_token=true", *overrides))
+    alone, shared = (PromptPacker(prompts, len(small_shop().items), "cpu") for _ in range(2))
+    opening = None if overrides else np.arange(3)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(30):
+            histories = [random_history(length) for length in np.random.randint(1, 30, 3)]
+            others = [[random_history(length)] for length in np.random.randint(1, 4, 8)]
+            learning = threads.map(shared.learn, others)
+            found, expected = (
+                (packer.order(histories), packer.pack(histories, opening))
+                for packer in (shared, alone)
+            )
+            np.testing.assert_array_equal(found[0][0], expected[0][0])
+            assert found[0][1] == expected[0][1]
+            for name, value in vars(expected[1]).items():
+                assert torch.equal(getattr(found[1], name), value), name
+            assert not any(learning)

@@ -34,8 +34,14 @@ class Drafts:
 
     def __init__(self, examples: np.ndarray, end: int, device):
         self.end, self.device, self._examples = end, device, examples
-        self._recent, self._new, self._known = [], 0, 1
         self._build([examples])
+        self._first = self._keys, self._drafts, self._lengths
+        self.forget()
+
+    def forget(self) -> None:
+        """Let drafts be those of the examples alone."""
+        self._recent, self._new, self._known = [], 0, 1
+        self._keys, self._drafts, self._lengths = self._first
 
     def propose(self, context: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Drafts for sequences whose last tokens are context [B, 3] (-1 before the first).

@@ -99,9 +99,10 @@ class Engine:
         order = np.argsort([len(self.dataset.histories[row]) for row in rows], kind="stable")
         parts = []
         batch_size = 1 if self.deterministic else batch_size
-        for batch in ahead(
-            self._prepare, np.split(rows[order], range(batch_size, len(rows), batch_size))
-        ):
+        batches = np.split(rows[order], range(batch_size, len(rows), batch_size))
+        # For one batch there is nothing that a thread could be ahead of.
+        prepared = (ahead if len(batches) > 1 else map)(self._prepare, batches)
+        for batch in prepared:
             parts.append(self._batch(*batch, k))
             if advance:
                 advance()

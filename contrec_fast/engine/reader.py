@@ -85,6 +85,11 @@ class Reader:
         if self._decoder is not None:
             self._decoder.fixed.prepare()
 
+    def forget(self) -> None:
+        """Let what is read from now on not depend, by its rounding, on what was read before."""
+        if self._decoder is not None:
+            self._decoder.drafts.forget()
+
     @torch.inference_mode()
     def read(self, histories: Sequence[np.ndarray]) -> Tensor:
         """Conditions [B, D] of histories of item indices, oldest first, at least one each.

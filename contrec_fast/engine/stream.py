@@ -47,6 +47,7 @@ def write_chunks(engine: Engine, chunks: list[np.ndarray], path: Path, k: int, p
     def computed():
         for part, rows in todo:
             begun = time.perf_counter()
+            engine.reader.forget()  # what an interrupted job has not read
             lists = engine.recommend(rows, k)
             advance(rate=len(rows) / (time.perf_counter() - begun))
             yield part, rows, lists
