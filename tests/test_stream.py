@@ -17,6 +17,7 @@ from model_cases import Recorder, random_model, trained_model
 from ops_cases import refused
 
 from contrec_fast.engine import Engine, Recommender
+from contrec_fast.engine import lists as lists_module
 from contrec_fast.engine.ahead import ahead
 from contrec_fast.engine.lists import Recommendations, table_of
 
@@ -49,6 +50,16 @@ def served(monkeypatch):
 
 def left_behind(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_batches_prepared_ahead_give_the_same_lists(recommender, monkeypatch):
+    expected = recommender.engine.recommend(range(USERS), 3, batch_size=4)
+    monkeypatch.setattr(lists_module, "BUSY_ELSEWHERE", ("cpu",))
+    recommender.engine.reader.forget()
+    found = recommender.engine.recommend(range(USERS), 3, batch_size=4)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
+    assert found.texts == expected.texts
 
 
 @pytest.mark.parametrize("chunk", [1, CHUNK, USERS, 100])
@@ -190,6 +201,8 @@ def test_a_failure_beside_the_device_is_the_one_error(recommender, monkeypatch):
         return honest(self, rows)
 
     monkeypatch.setattr(Engine, "_prepare", prepare)
+    monkeypatch.setattr(lists_module, "BUSY_ELSEWHERE", ("cpu",))
+    recommender.engine.recommend(range(20), 3, batch_size=4)
     with pytest.raises(ZeroDivisionError, match="prepare"):
         recommender.engine.recommend(range(USERS), 3, batch_size=4)
     assert threading.active_count() == threads

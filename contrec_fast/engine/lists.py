@@ -19,6 +19,9 @@ from contrec_fast.engine.reader import Reader
 from contrec_fast.models.contrec import ContRec
 
 BATCH = 512
+# Devices beside which batches are prepared. A CPU does it sooner itself: the thread would take
+# turns with those that compute.
+BUSY_ELSEWHERE = ("cuda",)
 SCHEMA = pa.schema({
     "user_id": pa.string(), "item_id": pa.string(), "title": pa.string(), "score": pa.float32(),
     "rank": pa.int64(), "matched": pa.bool_(), "text": pa.string(),
@@ -100,16 +103,15 @@ class Engine:
         parts = []
         batch_size = 1 if self.deterministic else batch_size
         batches = np.split(rows[order], range(batch_size, len(rows), batch_size))
-        # For one batch there is nothing that a thread could be ahead of.
-        prepared = (ahead if len(batches) > 1 else map)(self._prepare, batches)
-        for batch in prepared:
+        several = len(batches) > 1 and self.model.item_vectors.device.type in BUSY_ELSEWHERE
+        for batch in (ahead if several else map)(self._prepare, batches):
             parts.append(self._batch(*batch, k))
             if advance:
                 advance()
         back, (*columns, texts) = np.argsort(order), zip(*parts)
         # Only here is a GPU waited for.
         columns = [torch.cat(column).cpu().numpy()[back] for column in columns]
-        texts = sum(texts, [])
+        texts = [text for part in texts for text in part]
         return Recommendations(*columns, [texts[i] for i in back])
 
     def check(self, rows: np.ndarray, k: int) -> None:
