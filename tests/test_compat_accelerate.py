@@ -2,93 +2,40 @@
 
 import copy
 import math
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from ops_cases import refused, relative_error
-from released_cases import diffusion_state, naive_condition
+from released_cases import diffusion_state
 from torch import nn
 
 from contrec_fast import ops
 from contrec_fast.compat import accelerate_released
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # where its scripts find each other
+from released_model import Network, Sampler  # noqa: E402
+
 PRECISIONS = [(torch.float32, 3e-5), (torch.float64, 1e-11)]
 ITEMS, DIM, POSITIONS = 11, 6, 3
 
 
-class Sinusoid(nn.Module):
-    def forward(self, n):
-        steps = torch.tensor([math.exp(-i * math.log(10000) / 2) for i in range(3)])
-        return torch.cat([(n[:, None] * steps).sin(), (n[:, None] * steps).cos()], dim=1)
-
-
-class Tenc(nn.Module):
-    """A live network with the released attributes, which counts its calls; D is 6, S is 3."""
+class Tenc(Network):
+    """A live network with random weights, which counts its calls."""
 
     def __init__(self, two_layers=True):
-        super().__init__()
-        d, s = DIM, POSITIONS
-        self.item_embeddings = torch.randn(ITEMS, d)
-        self.none_embedding, self.positional_embeddings = nn.Embedding(1, d), nn.Embedding(s, d)
-        self.ln_1, self.ln_2, self.ln_3 = (nn.LayerNorm(d) for _ in range(3))
-        self.mh_attn = nn.ModuleDict({f"linear_{name}": nn.Linear(d, d) for name in "qkv"})
-        blocks = {f"w_{i}": nn.Conv1d(d, d, 1) for i in (1, 2)}
-        self.feed_forward = nn.ModuleDict(blocks | {"layer_norm": nn.LayerNorm(d)})
-        self.step_mlp = nn.Sequential(
-            Sinusoid(), nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d)
-        )
-        self.emb_mlp = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
-        self.diff_mlp = nn.Sequential(nn.Linear(3 * d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
-        wide = [nn.Linear(3 * d, 2 * d), nn.GELU(), nn.Linear(2 * d, d)]
-        self.diffuser = nn.Sequential(*(wide if two_layers else [nn.Linear(3 * d, d)]))
-        self.dropout = nn.Dropout(0.5)
-        state = diffusion_state(d, s, two_layers, dtype=torch.get_default_dtype())
+        super().__init__(torch.randn(ITEMS, DIM), POSITIONS, two_layers, dropout=0.5)
+        state = diffusion_state(DIM, POSITIONS, two_layers, dtype=torch.get_default_dtype())
         # So that conditions depend on the states, as trained ones do.
         norms = [f"{name}.weight" for name in ("ln_2", "feed_forward.layer_norm", "ln_3")]
-        self.load_state_dict(state | {name: torch.randn(d) + 3 for name in norms})
+        self.load_state_dict(state | {name: torch.randn(DIM) + 3 for name in norms})
         self.calls = 0
 
-    def forward(self, x, h, step):
+    def forward(self, x, h, t):
         self.calls += 1
-        return self.diffuser(torch.cat([x, h, self.step_mlp(step)], dim=1))
-
-    def forward_uncon(self, x, step):
-        return self.forward(x, self.none_embedding.weight.repeat(len(x), 1), step)
-
-    def predict(self, states, len_states, diff):
-        state = self.state_dict()
-        h = torch.stack([naive_condition(state, self.dropout(own)) for own in states])
-        x = diff.sample(self.forward, self.forward_uncon, h)
-        return x, x @ self.item_embeddings.T
-
-
-class Diffusion:
-    """A live sampler with the released tables and methods, in torch's default dtype."""
-
-    def __init__(self, betas, w=2.0):
-        self.timesteps, self.w = len(betas), w
-        betas = torch.tensor(betas)
-        bars = (1 - betas).cumprod(0)
-        before = torch.cat([bars.new_ones(1), bars[:-1]])
-        self.posterior_mean_coef1 = betas * before.sqrt() / (1 - bars)
-        self.posterior_mean_coef2 = (1 - before) * (1 - betas).sqrt() / (1 - bars)
-        self.posterior_variance = betas * (1 - before) / (1 - bars)
-
-    def p_sample(self, model_forward, model_forward_uncon, x, h, t, t_index):
-        x0 = (1 + self.w) * model_forward(x, h, t) - self.w * model_forward_uncon(x, t)
-        mean = self.posterior_mean_coef1[t_index] * x0 + self.posterior_mean_coef2[t_index] * x
-        if t_index == 0:
-            return mean
-        return mean + self.posterior_variance[t_index].sqrt() * torch.randn_like(x)
-
-    def sample(self, model_forward, model_forward_uncon, h):
-        x = torch.randn_like(h)
-        with torch.no_grad():
-            for n in reversed(range(self.timesteps)):
-                t = torch.full((len(h),), n)
-                x = self.p_sample(model_forward, model_forward_uncon, x, h, t, n)
-        return x
+        return super().forward(x, h, t)
 
 
 SCHEDULES = {
@@ -115,7 +62,12 @@ def tolerance(request):
 
 
 def objects(two_layers=True, schedule="exp", w=2.0):
-    return Tenc(two_layers).eval(), Diffusion(SCHEDULES[schedule], w)
+    return Tenc(two_layers).eval(), sampler_of(schedule, w)
+
+
+def sampler_of(schedule, w=2.0):
+    betas = torch.tensor(SCHEDULES[schedule])
+    return Sampler(len(betas), w, betas)
 
 
 def seeded(action, *arguments):
@@ -170,7 +122,7 @@ def test_restoring_leaves_no_trace():
     assert net.predict == Tenc.predict.__get__(net)
 
     def own(*arguments):
-        return Diffusion.sample(ddpm, *arguments)
+        return Sampler.sample(ddpm, *arguments)
 
     ddpm.sample = own  # of the object, not of its class
     accelerate_released(net, ddpm).restore()
@@ -228,7 +180,7 @@ def test_other_calls_go_to_the_original():
     ):
         expected = seeded(sampler.sample, *arguments)[0]
         assert torch.equal(seeded(ddpm.sample, *arguments)[0], expected)
-    expected = seeded(plain.predict, states, [3, 3], other := Diffusion(SCHEDULES["linear"]))[0]
+    expected = seeded(plain.predict, states, [3, 3], other := sampler_of("linear"))[0]
     assert torch.equal(seeded(net.predict, states, [3, 3], other)[0][1], expected[1])
     net.train(), plain.train()  # with dropout, whose noise comes first
     found, expected = (
@@ -284,6 +236,6 @@ def test_unknown_objects_are_refused_in_one_line():
     del net.extra
     assert vars(net).get("predict") is None and vars(ddpm).get("sample") is None
     accelerate_released(net, ddpm)
-    for pair in ((net, Diffusion([0.3])), (Tenc().eval(), ddpm)):
+    for pair in ((net, sampler_of("one step")), (Tenc().eval(), ddpm)):
         with pytest.raises(ValueError, match="expected one that is not accelerated yet"):
             accelerate_released(*pair)
