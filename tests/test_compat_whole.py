@@ -156,6 +156,23 @@ def test_float32_and_200_steps(folder):
     assert_lists(lists.scores, lists.ids, masked(scores, asked[1]))
 
 
+@pytest.mark.parametrize("ends", [None, 0, [3, 0, 5]])
+def test_ends_of_texts_and_prompts_without_users(folder, ends):
+    model, (prompts, histories, _) = made_up(folder), question(users=6)
+    released = loaded(model, folder)
+    for language_model in (model.model, released.language_model):
+        language_model.generation_config.eos_token_id = ends
+    model.model.get_output_embeddings().weight.data[[0, 3, 5]] *= 3
+    released.language_model.get_output_embeddings().weight.data[[0, 3, 5]] *= 3
+    prompts = [prompt.replace("<user_continuous_token_0>", "") for prompt in prompts]
+    found, noise = released_way(model, prompts, histories, [])
+    lists = released.predictor(model.item_embeds).predict(
+        prompts, histories, noise=noise, batch_padding=True
+    )
+    assert lists.texts == found.texts
+    assert relative_error(lists.vectors, found.vectors) < 1e-8
+
+
 def test_a_users_list_depends_on_nobody_else(folder):
     model, asked = made_up(folder), question(users=6)
     predictor = loaded(model, folder).predictor(model.item_embeds, model.user_embeds, "inner")
@@ -249,15 +266,26 @@ def test_one_error_names_what_does_not_fit_in_the_whole_checkpoint(folder):
 
 def test_parts_that_do_not_go_together_are_refused(folder, tmp_path):
     model = made_up(folder)
-    write_backbone(tmp_path, "llama", spare_rows=5)
-    for broken, part in (
-        (made_up(folder, ways=3).item_encoder, "item_encoder"),
-        (made_up(folder, dim=4).user_encoder, "user_encoder"),
+    for other, part, message in (
+        (
+            made_up(folder, ways=3),
+            "item_encoder",
+            r"user_.* expected \(6, 3, 16\), got \(6, 2, 16\)",
+        ),
+        (
+            made_up(folder, dim=4),
+            "user_encoder",
+            r"user_.* expected \(6, 2, 16\), got \(4, 2, 16\)",
+        ),
     ):
         state = {k: t for k, t in model.state_dict().items() if not k.startswith(part)}
-        state |= {f"{part}.{key}": tensor for key, tensor in broken.state_dict().items()}
-        with pytest.raises(ValueError, match=r"^source: expected the released keys; wrong: .*got"):
+        state |= {k: t for k, t in other.state_dict().items() if k.startswith(part)}
+        with pytest.raises(ValueError, match=f"^source: .*; wrong: .*{message}$"):
             load_released_checkpoint(state, folder)
+    tables = [key for key in state if "embed_tokens" in key or "lm_head" in key]
+    state = model.state_dict() | {k: torch.zeros(307, 16) for k in tables}
+    with pytest.raises(ValueError, match="wrong: the embeddings' rows: expected 306, got 307$"):
+        load_released_checkpoint(state, folder)
     state = {k: t for k, t in model.state_dict().items() if not k.startswith("model.")}
     with pytest.raises(ValueError, match="missing: weights or adapters of a LlamaForCausalLM$"):
         load_released_checkpoint(state, folder)

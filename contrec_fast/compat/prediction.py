@@ -68,8 +68,8 @@ class Predictor:
         self.plan = model.plan()
         self.responder = Responder(model.language_model, model.output_decoder.mix.in_features)
         self.tokens = self._encode(model.item_tokenizer, item_vectors)  # [N, K, H]
-        names = (item_tokens(1)[0], user_tokens(1)[0])
-        self.item_token, self.user_token = model.text_tokenizer.convert_tokens_to_ids(list(names))
+        firsts = [*item_tokens(1), *user_tokens(1)]
+        self.item_token, self.user_token = model.text_tokenizer.convert_tokens_to_ids(firsts)
 
     @torch.inference_mode()
     def predict(

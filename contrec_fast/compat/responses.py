@@ -43,7 +43,7 @@ class Responder:
         self.ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         end = self.ends[0] if self.ends else NO_TOKEN
         counters = dict.fromkeys(("passes", "fed", "replays", "captures", "written"), 0)
-        drafts = Drafts(np.array([[end]]), end, self.table.device)
+        drafts = Drafts(np.array([[max(end, 0)]]), end, self.table.device)  # none to begin with
         self.decoder = Decoder(self.packed, drafts, end, room, counters)
         self.prefix = np.empty((2, 0), dtype=np.int64)  # what the cache's rows begin with
 
@@ -75,25 +75,25 @@ class Responder:
         return written.masked_fill(ended.cumsum(1) - ended.long() > 0, -1)
 
     def _share(self, prompts: Sequence[np.ndarray]) -> None:
-        """Read what all prompts begin with, but for a token at least, unless the cache has it."""
-        length = self.prefix.shape[1]
-        if length and all(
-            prompt.shape[1] > length and np.array_equal(prompt[:, :length], self.prefix)
-            for prompt in prompts
-        ):
-            return
+        """Let the cache's rows begin with what all prompts begin with, but for a token at least.
+
+        Of what they begin with already a part is enough, if it is not much shorter.
+        """
         shortest = min(prompt.shape[1] for prompt in prompts) - 1
         heads = np.stack([prompt[:, :shortest] for prompt in prompts])
         same = ((heads == heads[0]) & (heads[:, 1:] == -1)).all((0, 1))
-        length = int(same.cumprod().sum())
-        self.prefix = prompts[0][:, :length]
-        if length:
-            cache = self.packed.cache
-            cache.reserve(1, length)
-            packing = Packing.of(torch.tensor([length]), torch.arange(length), cache)
-            ids = torch.from_numpy(self.prefix[0]).to(self.table.device)
-            self.packed(self.table[ids], packing)
-            cache.keep_prefix(length)
+        shared = prompts[0][:, : int(same.cumprod().sum())]
+        both = min(shared.shape[1], self.prefix.shape[1])
+        kept = int((shared[0, :both] == self.prefix[0, :both]).cumprod().sum())
+        self.prefix = shared[:, :kept]
+        if 2 * kept >= shared.shape[1]:
+            return
+        self.prefix, length = shared, shared.shape[1]
+        cache = self.packed.cache
+        cache.reserve(1, length)
+        packing = Packing.of(torch.tensor([length]), torch.arange(length), cache)
+        self.packed(self.table[torch.from_numpy(shared[0]).to(self.table.device)], packing)
+        cache.keep_prefix(length)
 
     def _write(self, prompts: list[np.ndarray], tokens: Tensor) -> Tensor:
         counts = np.array([prompt.shape[1] for prompt in prompts])

@@ -48,26 +48,23 @@ def load_released_checkpoint(
     text_tokenizer.add_tokens(["<diff>", "<\\diff>", *item_tokens(ways), *user_tokens(ways)])
     if not weights.problems:  # or sizes may be made up
         width = language_model.get_input_embeddings().embedding_dim
-        sizes = [
-            ("the embeddings' rows", checkpoint.rows or len(text_tokenizer), len(text_tokenizer)),
-            ("output_decoder: width", released.output_decoder.project.in_features, width),
-        ]
+        rows, project = len(text_tokenizer), released.output_decoder.project
+        _compare(weights, "the embeddings' rows", checkpoint.rows or rows, rows)
+        _compare(weights, "output_decoder's width", project.in_features, width)
         for name in ("item", "user"):
             encoders = getattr(released, f"{name}_tokenizer").encoders
-            sizes.append((f"{name}_encoder: tokens", len(encoders), ways))
-            sizes.append((f"{name}_encoder: width", encoders[0][-1].out_features, width))
-            sizes.append(
-                (f"{name}_encoder: dim", encoders[0][0].in_features, released.denoiser.dim)
-            )
-        weights.problems.wrong += [
-            f"{name}: expected {expected}, got {got}"
-            for name, got, expected in sizes
-            if got != expected
-        ]
+            sizes = encoders[0][0].in_features, len(encoders), encoders[0][-1].out_features
+            expected = released.denoiser.dim, ways, width
+            _compare(weights, f"{name}_encoder's dimension, tokens and width", sizes, expected)
     weights.problems.finish()
     if constant_noise:
         add_constant_noise(weights, released)
     return ReleasedModel(released, checkpoint.load(lora_alpha), text_tokenizer).eval()
+
+
+def _compare(weights: Weights, what: str, got, expected) -> None:
+    if got != expected:
+        weights.problems.wrong.append(f"{what}: expected {expected}, got {got}")
 
 
 class ReleasedModel(Released):
