@@ -14,14 +14,15 @@ Weights are drawn at random, sizes and arithmetic are the release's (`released_m
   round. With random weights a response is as long as it may be, 64 tokens, and says nothing that a
   draft could foresee. Times are per user.
 
-Variants take turns, so that other work on the machine slows all of them alike. For equal noise the
-results are compared before anything is timed. `x torch` is over the released way. Threads:
-OMP_NUM_THREADS.
+Variants take turns, so that other work on the machine slows all of them alike; beside the time
+stands the processor's, which other work changes less. For equal noise results are compared before
+anything is timed. `x torch` is over the released way. Threads: OMP_NUM_THREADS.
 """
 
 import argparse
 import statistics
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -132,25 +133,29 @@ class Whole:
         self.lists = float((found.ids == order[:, : self.args.k]).all(1).double().mean())
 
 
-def rounds(calls: dict, args) -> dict[str, list[float]]:
-    """Seconds of each call in each round, the warm-up left out; calls take turns."""
-    seconds = defaultdict(list)
+def rounds(calls: dict, users: dict[str, int], args) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and the processor's seconds of each call, per user of its; calls take turns."""
+    found = defaultdict(list)
     for repeat in range(args.warmup + args.repeats):
         for name, call in calls.items():
+            start = time.process_time()
             _, elapsed = timed("cpu", call)
+            both = elapsed, time.process_time() - start
             if repeat >= args.warmup:
-                seconds[name].append(elapsed)
-    return seconds
-
-
-def cases(operation: str, shape: str, seconds: dict[str, list[float]]) -> list[dict]:
-    baseline = statistics.median(seconds["released"])
-    found = [
-        record(operation, shape, "float32", name, times, torch_s=baseline)
-        for name, times in seconds.items()
-    ]
-    print(*map(line, found), sep="\n", flush=True)
+                found[name].append(tuple(seconds / users.get(name, 1) for seconds in both))
     return found
+
+
+def cases(operation: str, shape: str, found: dict[str, list[tuple[float, float]]]) -> list[dict]:
+    baseline, busy = (statistics.median(times) for times in zip(*found["released"]))
+    results = []
+    for name, times in found.items():
+        seconds, processor = zip(*times)
+        own = statistics.median(processor)
+        case = record(operation, shape, "float32", name, seconds, torch_s=baseline)
+        results.append(case | {"processor_us": 1e6 * own, "x_torch_processor": busy / own})
+        print(line(case), f"| processor {1e6 * own:.0f} us, {busy / own:.3g} x", flush=True)
+    return results
 
 
 @torch.no_grad()
@@ -173,18 +178,15 @@ def main():
     for dim in args.dims:
         for two_layers, kind in ((False, "mlp1"), (True, "mlp2")):
             shape = f"B{args.users} D{dim} T{args.steps}"
-            seconds = rounds(samplers(two_layers, dim, args), args)
+            seconds = rounds(samplers(two_layers, dim, args), {}, args)
             results += cases(f"sample {kind}", shape, seconds)
+    users = {"released": AT_ONCE, "compat": args.users}
     for two_layers, kind in ((False, "mlp1"), (True, "mlp2")):
         whole = Whole(two_layers, args)
-        seconds = rounds({"released": whole.released_round, "compat": whole.fast_round}, args)
-        each = {
-            name: [s / (AT_ONCE if name == "released" else args.users) for s in times]
-            for name, times in seconds.items()
-        }
+        calls = {"released": whole.released_round, "compat": whole.fast_round}
         shape = f"a user of {AT_ONCE} (released), {args.users}; D{args.whole_dim} T{args.steps} "
         shape += f"N{len(whole.items)} k{args.k}"
-        found = cases(f"whole {kind}", shape, each)
+        found = cases(f"whole {kind}", shape, rounds(calls, users, args))
         results += [case | {"lists_equal": whole.lists} for case in found]
     if args.out:
         settings = vars(args) | {"isa": native.sampler_instruction_sets()}
