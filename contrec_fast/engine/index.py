@@ -62,7 +62,7 @@ class CandidateIndex:
         catalog: ops.Catalog,
         kind: str = "ivf",
         nlist: int | None = None,
-        links: int = 32,
+        links: int = 16,
         ef_construction: int = 40,
         seed: int = 0,
     ) -> "CandidateIndex":
@@ -176,13 +176,13 @@ class CandidateIndex:
 
         self.counts["queries"] += len(queries)
         first = k + k // 2 + 4 * MARGIN
-        if seen_rows is not None and len(left):
+        if seen_rows is not None and len(queries):
             first += len(seen_pairs(seen_offsets, seen_ids, seen_rows)[0]) // len(queries)
         rounds = [(first, False), (WIDER * first, False)]
         if bonus is not None:
             rounds[1:] = [(first, True), (WIDER * first, True)]
         for number, apart in rounds:
-            if number < len(catalog):
+            if len(left) and number < len(catalog):
                 chunk = HELD_ELEMENTS // max(2 * number, (k + MARGIN) * queries.shape[1])
                 parts = left.split(max(1, chunk))
                 left = torch.cat([attempt(rows, number, apart) for rows in parts])
