@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(line(one), *words, sep=" | ", flush=True)
             results.append(one)
         if args.out:
-            settings = vars(args) | {"run": args.run and args.run.name}
+            settings = vars(args) | {"run": args.run is not None}
             store(args.out, found, settings, results)
             draw(results, args.out.with_suffix(".png"))
 

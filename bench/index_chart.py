@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLOURS = {"exact": "#c2571a", "flat": "#8a8a8a", "ivf": "#2b6f9e", "hnsw": "#4e9a51"}
 INK, PALE = "#333333", "#777777"
@@ -17,7 +18,7 @@ def draw(results: Sequence[dict], path: Path) -> None:
     """
     catalogs = list(dict.fromkeys(one["catalog"] for one in results))
     batches = list(dict.fromkeys(one["batch"] for one in results))
-    size = (3.4 * len(catalogs) + 1, 3.1 * len(batches) + 0.8)
+    size = (3.1 * len(catalogs) + 0.6, 2.9 * len(batches) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(batches), len(catalogs), squeeze=False)
@@ -28,7 +29,7 @@ def draw(results: Sequence[dict], path: Path) -> None:
             calls = "one query a call" if batch == 1 else f"{batch} queries a call"
             axes.set_title(f"{catalog}\n{calls}", fontsize=9, color=INK, loc="left")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure.supxlabel(
         "queries per second of processor time; hollow and dashed: with the bonus", fontsize=9
     )
@@ -54,6 +55,10 @@ def _panel(axes, results: Sequence[dict]) -> None:
                 label=None if pi else kind,
             )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.08)
     axes.set_ylim(-0.03, 1.05)
     axes.grid(color="#e5e5e5", linewidth=0.6)
     axes.tick_params(labelsize=8, color="#999999", labelcolor=PALE)
