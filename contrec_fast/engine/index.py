@@ -4,8 +4,8 @@ When it pays, by `bench/cpu_index.py` (one thread, width 64, k 20, compared with
 the C++ extension): among 1,000,000 items in clusters, ivf with nprobe 8 answers 5 times as many
 queries, 2.4 times with a bonus for one group in 50, and finds all that exact search finds; among
 100,000 it is 1.5 and 0.7 times as many. So it is for 300,000 items or more, if they are in
-clusters. In vectors without any structure no index finds even half of the list in the time that
-exact search takes, whatever their number. ivf was better than hnsw throughout.
+clusters. Of vectors without any structure, an index that was faster found less than half of the
+lists, whatever their number. ivf was better than hnsw throughout.
 """
 
 import functools
