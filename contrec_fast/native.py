@@ -11,7 +11,7 @@ from torch import Tensor
 
 # The latest of each operation: what an outdated build lacks.
 _KERNELS = ("philox_instruction_sets", "cosine_topk", "sample", "gather_tokens", "cross_entropy")
-_KERNELS += ("denoise_hidden",)
+_KERNELS += ("denoise_hidden", "choose_tokens")
 
 try:
     import contrec_fast._C as _C

@@ -20,6 +20,7 @@
 namespace py = pybind11;
 
 void bind_cross_entropy(py::module_& module);
+void bind_layers(py::module_& module);
 
 namespace {
 
@@ -262,6 +263,7 @@ void define_denoise_pass(py::module_& module, const char* name) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels for the CPU";
   bind_cross_entropy(module);
+  bind_layers(module);
   module.def("build_info", &build_info,
              "Compiler, OpenMP, and the instruction sets of the processor this runs on.");
   module.def("philox_normal", &philox_normal, py::arg("seed"), py::arg("user_ids"),

@@ -102,7 +102,7 @@ def test_a_text_ends_at_its_end_and_at_the_room():
 
     class Packed:
         class cache:
-            device, places = "cpu", 0
+            device, places, blocked = "cpu", 0, False
 
         class backbone:
             get_input_embeddings = staticmethod(lambda: lambda ids: ids[:, None].float())

@@ -71,7 +71,8 @@ class FixedPasses:
                 slice(0, batch * WIDTH), where, (batch, WIDTH), cache.places, None, None, mask
             )
             rows = where[:, None].expand(-1, WIDTH).flatten()
-            packing = Packing(positions.flatten(), rows, [block])
+            starts = torch.arange(0, batch * WIDTH + 1, WIDTH, device=device)
+            packing = Packing(positions.flatten(), rows, starts, [block])
             hidden = self.packed(self.embed(tokens.flatten()), packing)
             return self.choose(hidden).view(batch, WIDTH)
 

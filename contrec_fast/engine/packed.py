@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from contrec_fast.engine.layers import Layers
+from contrec_fast.native_layers import layer_instruction_sets
+
 NAME = "contrec_packed"  # of the attention function, as transformers knows it
 BLOCK = 16  # sequences in one attention: neighbours have similar lengths, so few places are padding
 
@@ -42,11 +45,13 @@ class Packing:
     """Which sequences T packed tokens belong to.
 
     positions: [T] int64 in their sequence, which are also places in the cache. rows: [T] int64,
-    their row of the cache. blocks: what the attention does at a time.
+    their row of the cache. starts: [B + 1] int64, the first token of each sequence, and T.
+    blocks: what the attention does at a time, if it goes by blocks (`RowCache.blocked`).
     """
 
     positions: Tensor
     rows: Tensor
+    starts: Tensor
     blocks: list[Block]
 
     @classmethod
@@ -59,13 +64,14 @@ class Packing:
             as far as they go: one mask does for all.
         """
         rows = torch.arange(first, first + len(counts)).repeat_interleave(counts)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         blocks, start = [], 0
-        for busy in counts.nonzero()[:, 0].split(BLOCK):
+        for busy in counts.nonzero()[:, 0].split(BLOCK) if cache.blocked else ():
             part = counts[busy].numpy()
             tokens = slice(start, start := start + int(part.sum()))
             at = positions[tokens].numpy()
             blocks.append(_block(part, tokens, at, first + busy, cache, alike))
-        return cls(positions.to(cache.device), rows.to(cache.device), blocks)
+        return cls(*(x.to(cache.device) for x in (positions, rows, starts)), blocks)
 
 
 def _block(counts, tokens, positions, rows, cache: "RowCache", alike: bool) -> Block:
@@ -146,13 +152,15 @@ class RowCache(Cache):
         layers: how many. dtype: of the language model. device: where.
 
     Attributes:
-        rows, places: the capacity. packing: of the tokens that go through the model now.
+        rows, places: the capacity. packing: of the tokens that go through the model now. blocked:
+        whether attention goes by blocks.
     """
 
     def __init__(self, layers: int, dtype: torch.dtype, device):
         super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
         self.dtype, self.device, self.rows, self.places = dtype, device, 0, 0
         self.packing: Packing | None = None
+        self.blocked = True
         self._prefix: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -214,6 +222,8 @@ class PackedModel:
         suits: whether the model can be read so: each of its layers attends to all that is before
         and goes through transformers' attention interface. narrows: whether its last layer can
         leave out tokens of which only keys and values are wanted. Both are found by trying.
+        layers: what stands in for the model's own (`engine.layers`), or None. compiled: a line
+        that says what runs the layers, and why.
     """
 
     def __init__(self, backbone):
@@ -224,12 +234,19 @@ class PackedModel:
         stacks = [m for m in self.base.modules() if isinstance(m, nn.ModuleList)]
         self._last = next((stack[-1] for stack in stacks if len(stack) == count), None)
         self.narrows = self._last is not None
+        found = Layers.of(self.base)
+        self.layers = found if isinstance(found, Layers) else None
+        self.compiled = f"layers: transformers' own ({found})"
         plain = all(type(x) is DynamicLayer for x in DynamicCache(config=backbone.config).layers)
         self.suits = plain and self._agrees(table)
+        if self.layers is not None:
+            self.compiled = f"layers: C++ kernels ({layer_instruction_sets()[0]})"
+        elif isinstance(found, Layers):
+            self.compiled = "layers: transformers' own (they compute something else than Llama's)"
 
     @torch.inference_mode()
     def _agrees(self, table: Tensor) -> bool:
-        """Compare with the model as it is, on two short sequences; sets `narrows`."""
+        """Compare with the model as it is, on two short sequences; sets `layers`, `narrows`."""
         numbers = torch.arange(7 * table.shape[1], device=table.device) % 13
         x = (numbers.view(7, -1) - 6).to(table.dtype) * table.std() / 4
         expected = torch.cat([
@@ -239,20 +256,23 @@ class PackedModel:
         positions = torch.tensor([0, 1, 2, 3, 4, 0, 1])
         self.cache.reserve(2, 5)
         keep = torch.tensor([2, 4, 6])
-        packing = Packing.of(torch.tensor([5, 2]), positions, self.cache)
-        kept = Packing.of(torch.tensor([2, 1]), positions[keep], self.cache)
-        keep = keep.to(table.device)
         tolerance = 1e-3 if table.dtype == torch.float32 else 0.1
         while True:
+            self.cache.blocked = self.layers is None
+            packing = Packing.of(torch.tensor([5, 2]), positions, self.cache)
+            kept = Packing.of(torch.tensor([2, 1]), positions[keep], self.cache)
             try:
-                found = self(x, packing, keep, kept)
+                found = self(x, packing, keep.to(table.device), kept)
                 if torch.allclose(found, expected[keep], tolerance, tolerance):
                     return True
             except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
                 pass  # what another way of passing arguments comes to
-            if not self.narrows:
+            if self.layers is not None:
+                self.layers = None
+            elif self.narrows:
+                self.narrows = False
+            else:
                 return False
-            self.narrows = False
 
     def __call__(self, embedded: Tensor, packing: Packing, keep: Tensor | None = None,
                  kept: Packing | None = None) -> Tensor:  # fmt: skip
@@ -262,6 +282,8 @@ class PackedModel:
             keep: [T'] int64, the tokens whose states are wanted, all by default: [T', H] then.
             kept: their packing.
         """
+        if self.layers is not None:
+            return self.layers(embedded, self.cache, packing, keep, kept)
         self.cache.packing = packing
         narrowed = keep is not None and self.narrows
         with self._attention(), self._narrowing(packing, keep, kept) if narrowed else _nothing():
