@@ -7,9 +7,9 @@
   10 users at a time, prompts padded to 1,024 tokens, tokens inserted user by user, eager
   attention, `generate` that keeps all hidden states, 2 denoiser calls per step, cosines user by
   user and a full sort. Its bonus is inert.
-- torch: well-written PyTorch: users by length, 64 at a time (fastest of 16 to 128), padded to the
-  longest of them, `generate` with the key-value cache and sdpa, the folded sampler, one product
-  and `topk`.
+- torch: well-written PyTorch (`torch_generation.py`): users by length, 48 at a time (fastest of
+  32 to 128), what all prompts begin with read once, key-value cache and sdpa, finished rows left
+  out, the folded sampler, one product and `topk`.
 - engine: `Engine`.
 
 All three sample as the release does (exp schedule, DDPM, guidance 2), and with the same noise. The
@@ -17,6 +17,17 @@ engine's lists are compared with torch's, the texts and conditions of all three 
 Every round takes other users, so that the engine's drafts meet new ones; they are learned from the
 users of the warm-up, as many at most, and of the rounds before. Beside the time stands the
 processor's, which other work on the machine changes less. Threads: OMP_NUM_THREADS.
+
+Stages: prompt (texts to token ids and embeddings; the engine's embeddings belong to prefill),
+prefill (the pass over prompts; the engine's includes the draft that all answers begin with),
+decode, sample, top-K, and assembly, which is all the rest. With one thread, they and the floor are
+in the processor's time.
+
+The floor of the engine's prefill is what its products and its attention take if nothing else is
+done: sum over products of 2 n in out / rate(in, out), n being the tokens, and in the last layer
+but for keys and values and in the head the few that are read; and 4 heads d for each pair of a
+token and one that it sees, at the best of the rates. rate(in, out) is measured in the same run: the
+best of some repeats with 256, 1,024 and 4,096 rows, in floating-point operations per second.
 """
 
 import argparse
@@ -29,165 +40,83 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from released import ReleasedDenoiser, insert_tokens, rank, sample, schedule
+from engine_ways import AT_ONCE, Ways, now
 from reporting import environment, positive, record, store
-from torch_sampler import TorchSampler
-from torch_topk import torch_topk
 
-from contrec_fast import ContRec, ops
+from contrec_fast import ContRec
 from contrec_fast.config import apply_overrides
 from contrec_fast.data import synthetic_shop
-from contrec_fast.data.prompts import PromptBatch
 from contrec_fast.engine import Engine
-from contrec_fast.ops.noise import philox_normal
 from contrec_fast.presets import demo_config
 
 RELEASED = ("head.schedule=exp", "head.method=ddpm", "head.guidance=2")
-AT_ONCE = 10  # users that the release reads at a time
-PROMPT_TOKENS = 1024
-TORCH_BATCH = 64
+STAGES = ("prompt", "prefill", "decode", "sample", "top-K", "assembly")
+REPEATS = 15  # of a product whose rate is measured
 
 
-class Ways:
-    """The three ways to the lists of some rows of a recommender's dataset."""
+class PrefillFloor:
+    """Least possible seconds of the prefills that go through a reader from now on."""
 
-    def __init__(self, recommender: Engine, k: int):
-        self.engine, self.k = recommender, k
-        model, self.dataset = recommender.model, recommender.dataset
-        self.model, head = model, model.config.head
-        self.histories = self.dataset.histories
-        denoiser, plan = model.head.denoiser, recommender.head.plan
-        self.steps = head.steps
-        self.folded = TorchSampler.from_plan(denoiser, plan, head.guidance, torch.float32)
-        self.denoiser = ReleasedDenoiser.from_model(denoiser).eval()
-        self.schedule = schedule(head.steps)
-        self.items = F.normalize(model.item_vectors.detach(), dim=1)
-        self.groups = recommender.matcher.groups
-        self.guidance = head.guidance
+    def __init__(self, reader):
+        self.backbone, self.prefix = reader.packed.backbone, reader.prefix
+        self.opening = reader._decoder.opening
+        self.tokens = self.read = self.pairs = self.last_pairs = 0
+        inner = reader._prefill
 
-    def noise(self, rows) -> torch.Tensor:
-        """[steps, B, D] what the engine draws for these users."""
-        ids, dim = self.engine.keys[torch.as_tensor(rows)], self.items.shape[1]
-        seed = torch.tensor(self.engine.seed)
-        return torch.stack([philox_normal(seed, ids, dim, step) for step in range(self.steps)])
+        def counted(packed, wanted, *rest):
+            self._count(packed.counts, wanted)
+            return inner(packed, wanted, *rest)
+
+        reader._prefill = counted
+
+    def _count(self, counts, wanted) -> None:
+        counts = counts.double()
+        self.tokens += int(counts.sum())
+        self.read += wanted.numel()
+        self.pairs += int((counts * self.prefix + counts * (counts + 1) / 2).sum())
+        self.last_pairs += int((self.prefix + wanted + 1).sum())
 
     @torch.inference_mode()
-    def released(self, rows, noise):
-        texts, conditions, ids = [], [], []
-        for start in range(0, len(rows), AT_ONCE):
-            part = rows[start : start + AT_ONCE]
-            batch = self._padded([self.histories[row] for row in part])
-            condition, written = self._generate(batch, self._inserted(batch), "eager")
-            vectors = sample(
-                self.denoiser, self.schedule, condition, self.guidance,
-                noise[:, start : start + AT_ONCE],
-            )  # fmt: skip
-            seen = [self.histories[row].tolist() for row in part]
-            ids.append(rank(vectors, self.model.item_vectors, seen)[1][:, : self.k])
-            conditions.append(condition)
-            texts += written
-        return torch.cat(ids), texts, torch.cat(conditions)
+    def seconds(self) -> tuple[float, dict]:
+        """The floor, and what it is made of."""
+        base, config = self.backbone.base_model, self.backbone.config
+        rates, spent, flops = {}, 0.0, 0.0
+        for number, layer in enumerate(base.layers):
+            last = number == len(base.layers) - 1
+            for name, module in layer.named_modules():
+                if isinstance(module, torch.nn.Linear):
+                    all_tokens = not last or name.endswith(("k_proj", "v_proj"))
+                    count = self.tokens if all_tokens else self.read
+                    work = 2 * count * module.weight.numel()
+                    spent += work / self._rate(module.weight, rates)
+                    flops += work
+        # The state that the condition is made of does not meet the head.
+        head, opening = self.backbone.get_output_embeddings().weight, len(self.opening()) + 1
+        work = 2 * self.read * opening / (opening + 1) * head.numel()
+        spent += work / self._rate(head, rates)
+        attention = 4 * config.num_attention_heads * base.layers[0].self_attn.head_dim
+        attention *= self.pairs * (len(base.layers) - 1) + self.last_pairs
+        spent += attention / max(rates.values())
+        return spent, {
+            "tokens": self.tokens,
+            "product_flops": flops + work,
+            "attention_flops": attention,
+            "gflops_per_s": {f"{i} x {o}": rate / 1e9 for (i, o), rate in rates.items()},
+        }
 
-    @torch.inference_mode()
-    def torch(self, rows, noise):
-        order = np.argsort([len(self.histories[row]) for row in rows], kind="stable")
-        parts = []
-        for part in np.split(order, range(TORCH_BATCH, len(rows), TORCH_BATCH)):
-            histories = [self.histories[row] for row in rows[part]]
-            batch = self.engine.prompts.inference_batch(histories)
-            condition, texts = self._generate(batch, self.model.embed(batch), "sdpa")
-            vectors = self.folded(condition, noise[:, part])
-            users = np.repeat(np.arange(len(part)), [len(history) for history in histories])
-            _, ids = torch_topk(
-                vectors, self.items, self.groups, self.engine.matcher.match(texts),
-                torch.from_numpy(users), torch.from_numpy(np.concatenate(histories)),
-                self.model.config.retrieval.bonus, self.k,
-            )  # fmt: skip
-            parts.append((ids, texts, condition))
-        ids, texts, conditions = zip(*parts)
-        texts, back = sum(texts, []), np.argsort(order)
-        return torch.cat(ids)[back], [texts[i] for i in back], torch.cat(conditions)[back]
-
-    def fast(self, rows, noise):
-        found = self.engine.recommend(rows, self.k)
-        return torch.from_numpy(found.ids), found.texts, None
-
-    def _generate(self, batch: PromptBatch, embedded, attention: str):
-        """Conditions and texts, by transformers' `generate`."""
-        model, backbone = self.model, self.model.backbone
-        keep = attention == "eager"  # the release keeps the hidden states of all positions
-        backbone.set_attn_implementation(attention)
-        states = []
-        handle = backbone.base_model.register_forward_hook(
-            lambda module, args, output: states.append(output.last_hidden_state)
-        )
-        output = backbone.generate(
-            inputs_embeds=embedded,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=model.config.prompt.response_tokens,
-            do_sample=False,
-            pad_token_id=model.text_tokenizer.pad_token_id,
-            eos_token_id=model.text_tokenizer.eos_token_id,
-            return_dict_in_generate=True,
-            output_hidden_states=keep,
-        )
-        handle.remove()
-        backbone.set_attn_implementation("sdpa")
-        texts = model.text_tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
-        return model.conditions(states[0], batch), [text.strip() for text in texts]
-
-    def _padded(self, histories) -> PromptBatch:
-        batch = self.engine.prompts.inference_batch(histories)
-        more = PROMPT_TOKENS - batch.token_ids.shape[1]
-        if more < 0:
-            raise SystemExit(f"prompts: expected at most {PROMPT_TOKENS} tokens")
-        fills = {"token_ids": self.engine.prompts.pad, "rows": -1, "attention_mask": 0}
-        for name, value in fills.items():
-            setattr(batch, name, F.pad(getattr(batch, name), (more, 0), value=value))
-        batch.read_column = batch.read_column + more
-        return batch
-
-    def _inserted(self, batch: PromptBatch):
-        """Embeddings, the items' tokens made and written user by user."""
-        table = self.model.backbone.get_input_embeddings().weight
-        tokens = self.engine.prompts.tokens
-        first = len(table)
-        table = torch.cat([table, table[:1]])
-        begins = (batch.rows >= 0) & (batch.rows % tokens == 0)
-        token_ids = batch.token_ids.masked_fill(begins, first)
-        shown = [items[items >= 0].tolist() for items in batch.shown]
-
-        def encode(vectors):
-            return self.model.encode(vectors).transpose(0, 1)
-
-        return insert_tokens(token_ids, shown, self.model.item_vectors, encode, table, first)
-
-
-class Stages:
-    """Seconds that the engine spends in each of its parts, by wrapping what it calls."""
-
-    def __init__(self, recommender: Engine):
-        self.seconds = defaultdict(float)
-        reader = recommender.reader
-        decoder = reader._decoder
-        for owner, name, stage in (
-            (reader.packer, "order", "prompt"),
-            (reader.packer, "pack", "prompt"),
-            (reader, "_prefill", "prefill"),
-            (decoder, "write", "decode"),
-            (recommender, "vectors", "sample"),
-            (ops, "cosine_topk", "top-K"),
-        ):
-            setattr(owner, name, self._timed(getattr(owner, name), stage))
-
-    def _timed(self, call, stage):
-        def wrapped(*arguments, **options):
-            start = time.perf_counter()
-            result = call(*arguments, **options)
-            self.seconds[stage] += time.perf_counter() - start
-            return result
-
-        return wrapped
+    @staticmethod
+    def _rate(weight, rates: dict) -> float:
+        out, inner = weight.shape
+        if (inner, out) not in rates:
+            found = []
+            for rows in (256, 1024, 4096):
+                x = torch.randn(rows, inner)
+                for _ in range(REPEATS):
+                    start = now()
+                    F.linear(x, weight)
+                    found.append(2 * rows * inner * out / (now() - start))
+            rates[inner, out] = max(found)
+        return rates[inner, out]
 
 
 def load(args) -> Engine:
@@ -226,6 +155,19 @@ def check(found: dict, few: int) -> dict:
     return agreement
 
 
+def stage_rows(stages: dict[str, list[dict]]) -> list[dict]:
+    """Microseconds per user and share of each stage, in each of the ways: medians over rounds."""
+    rows = []
+    for name in STAGES:
+        row = {"stage": name}
+        for way, rounds in stages.items():
+            row[f"{way}_us"] = 1e6 * statistics.median(found[name] for found in rounds)
+            shares = (found[name] / sum(found.values()) for found in rounds)
+            row[f"{way}_share"] = statistics.median(shares)
+        rows.append(row)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="folder of a trained model")
@@ -235,32 +177,33 @@ def main():
     parser.add_argument("--k", type=positive, default=20)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    recommender = load(args)
-    ways = Ways(recommender, args.k)
-    everybody = np.random.default_rng(0).permutation(len(ways.histories))
+    engine = load(args)
+    everybody = np.random.default_rng(0).permutation(len(engine.dataset.histories))
     args.users = min(args.users, len(everybody) // (args.rounds + 1))
     args.few = min(args.few, args.users)
     if not args.users:
         parser.error(f"--rounds: expected fewer than the data's {len(everybody)} users")
     warm = len(everybody) - args.rounds * args.users
-    seconds, processor, stages, agreements = defaultdict(list), defaultdict(list), [], []
-    recommender.recommend(everybody[: min(warm, args.users)], args.k)  # memory, drafts
-    parts = Stages(recommender)
+    engine.recommend(everybody[: min(warm, args.users)], args.k)  # memory, drafts
+    ways, floor = Ways(engine, args.k), PrefillFloor(engine.reader)
+    seconds, processor, stages = defaultdict(list), defaultdict(list), defaultdict(list)
+    agreements = []
     for number in range(args.rounds):
         rows = everybody[warm + number * args.users :][: args.users]
         noise, found = ways.noise(rows), {}
-        parts.seconds.clear()
         for name, way, count in (
             ("engine", ways.fast, args.users),
             ("torch", ways.torch, args.users),
             ("released", ways.released, args.few),
         ):
-            begin = time.perf_counter(), time.process_time()
+            ways.clock.seconds.clear()
+            begin = time.perf_counter(), time.process_time(), now()
             found[name] = way(rows[:count], noise[:, :count])
             seconds[name].append((time.perf_counter() - begin[0]) / count)
             processor[name].append((time.process_time() - begin[1]) / count)
-        rest = seconds["engine"][-1] * args.users - sum(parts.seconds.values())
-        stages.append({**parts.seconds, "assembly": rest})
+            spent = {stage: ways.clock.seconds[stage] / count for stage in STAGES}
+            spent["assembly"] = (now() - begin[2]) / count - sum(spent.values())
+            stages[name].append(spent)
         agreements.append(check(found, args.few))
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     cpu = {name: statistics.median(times) for name, times in processor.items()}
@@ -283,16 +226,23 @@ def main():
             f"{case['processor_us']:.0f} us/user  {case['x_released_processor']:.1f} x released  "
             f"{case['x_torch_processor']:.2f} x torch"
         )
-    total = sum(map(sum, (stage.values() for stage in stages)))
-    for name in stages[0]:
-        spent = sum(stage[name] for stage in stages)
-        each = 1e6 * spent / args.rounds / args.users
-        print(f"  {name:9} {each:7.0f} us/user {spent / total:6.1%}")
-    print(agreements[0], recommender.reader.counters)
+    table = stage_rows(stages)
+    print(f"{'us/user':9}" + "".join(f" {way:>18}" for way in stages))
+    for row in table:
+        columns = (f" {row[f'{way}_us']:10.0f} {row[f'{way}_share']:7.1%}" for way in stages)
+        print(f"{row['stage']:9}" + "".join(columns))
+    least, parts = floor.seconds()
+    least /= args.rounds * args.users
+    prefill = next(row["engine_us"] for row in table if row["stage"] == "prefill") / 1e6
+    floored = {"floor_us": 1e6 * least, "percent_of_floor": 100 * least / prefill, **parts}
+    print(f"prefill: {floored['percent_of_floor']:.0f} % of its floor, {1e6 * least:.0f} us/user")
+    print(engine.reader.packed.compiled)
+    print(agreements[0], engine.reader.counters)
     if args.out:
         settings = vars(args) | {"run": "trained model" if args.run else "demo shop"}
-        results = [*cases, {"stages": stages, "agreement": agreements}]
-        store(args.out, environment("cpu"), settings, results)
+        settings["layers"] = engine.reader.packed.compiled
+        others = {"stages": table, "prefill": floored, "agreement": agreements}
+        store(args.out, environment("cpu"), settings, [*cases, others])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a decoder layer does between its matrix products, in C++ (csrc/cpu/layers.h).
 
-All tensors are float32 or int64, on the CPU and without gaps. Callers see to that, and that
-positions and rows lie within the cache: nothing is checked here.
+All tensors are float32 or int64, on the CPU and, but for positions and rows, without gaps. Callers
+see to that, and that positions and rows lie within the cache: nothing is checked here.
 """
 
 import torch
@@ -46,6 +46,7 @@ def layer_rotary(
         stored: keys and values [rows, key heads, places, d].
     """
     key_heads, places, dim = stored[0].shape[1:]
+    positions, rows = positions.contiguous(), rows.contiguous()
     _C.layer_rotary(
         _address(queries), _address(keys), _address(values), *map(_address, norms), eps,
         turns[0].data_ptr(), turns[1].data_ptr(), positions.data_ptr(), rows.data_ptr(),
@@ -70,7 +71,7 @@ def layer_attention(
         starts: [B + 1] the first token of each sequence, and T. The rest: see `layer_rotary`.
     """
     key_heads, places, dim = stored[0].shape[1:]
-    out = torch.empty_like(queries)
+    positions, rows, out = positions.contiguous(), rows.contiguous(), torch.empty_like(queries)
     _C.layer_attention(
         queries.data_ptr(), stored[0].data_ptr(), stored[1].data_ptr(), positions.data_ptr(),
         rows.data_ptr(), starts.data_ptr(), out.data_ptr(), scale, len(starts) - 1,

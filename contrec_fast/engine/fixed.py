@@ -70,9 +70,9 @@ class FixedPasses:
             block = Block(
                 slice(0, batch * WIDTH), where, (batch, WIDTH), cache.places, None, None, mask
             )
-            rows = where[:, None].expand(-1, WIDTH).flatten()
-            starts = torch.arange(0, batch * WIDTH + 1, WIDTH, device=device)
-            packing = Packing(positions.flatten(), rows, starts, [block])
+            rows = where.repeat_interleave(WIDTH)
+            firsts = torch.arange(0, batch * WIDTH + 1, WIDTH, device=device)
+            packing = Packing(positions.flatten(), rows, firsts, [block])
             hidden = self.packed(self.embed(tokens.flatten()), packing)
             return self.choose(hidden).view(batch, WIDTH)
 

@@ -51,10 +51,17 @@ class Layers:
         """Last hidden states [T, H] of embedded tokens [T, H], or [T', H] of those to keep.
 
         Args: as `PackedModel` takes them. cache: RowCache, which then holds keys and values.
+
+        Raises:
+            IndexError: rows or positions beyond the cache.
         """
         x, added = embedded.clone(memory_format=torch.contiguous_format), None
-        longest = torch.arange(int(packing.positions.max()) + 1)
-        turns = [part[0].contiguous() for part in self.rotary(x[None], longest[None])]
+        reach, rows = int(packing.positions.max()) + 1, int(packing.rows.max()) + 1
+        if reach > cache.places or rows > cache.rows:
+            got = f"{rows} x {reach}"
+            raise IndexError(f"packing: expected at most {cache.rows} x {cache.places}, got {got}")
+        turns = self.rotary(x[None], torch.arange(reach)[None])
+        turns = [part[0].contiguous() for part in turns]
         for layer, held in zip(self.stack, cache.layers):
             attention = layer.self_attn
             normed = _norm(x, added, layer.input_layernorm)
