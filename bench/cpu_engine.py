@@ -18,10 +18,10 @@ Every round takes other users, so that the engine's drafts meet new ones; they a
 users of the warm-up, as many at most, and of the rounds before. Beside the time stands the
 processor's, which other work on the machine changes less. Threads: OMP_NUM_THREADS.
 
-Stages: prompt (texts to token ids and embeddings; the engine's embeddings belong to prefill),
-prefill (the pass over prompts; the engine's includes the draft that all answers begin with),
-decode, sample, top-K, and assembly, which is all the rest. With one thread, they and the floor are
-in the processor's time.
+Stages: prompt (texts to token ids and embeddings; the engine's embeddings belong to prefill, its
+noise keys and lists of seen items to prompt), prefill (the pass over prompts; the engine's includes
+the draft that all answers begin with), decode, sample, top-K, and assembly, which is all the rest.
+With one thread, they and the floor are in the processor's time.
 
 The floor of the engine's prefill is what its products and its attention take if nothing else is
 done: sum over products of 2 n in out / rate(in, out), n being the tokens, and in the last layer

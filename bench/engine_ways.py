@@ -88,6 +88,7 @@ class Ways:
         """Let the clock see what the engine calls in each stage."""
         reader = self.engine.reader
         for owner, name, stage in (
+            (self.engine, "_prepare", "prompt"),
             (reader.packer, "order", "prompt"),
             (reader.packer, "pack", "prompt"),
             (reader, "_prefill", "prefill"),
