@@ -10,9 +10,9 @@
   tokens without titles. short latent: that one without a text.
 
 Users per second over all users with a held-out item, the variants interleaved in one run, medians
-of the rounds, in wall and processor time; HR@10 and NDCG@10, and their difference from float32 with a
-paired bootstrap interval of 95 %; the share of the lists' ids that float32's have, too; the share
-of texts that are the same; tokens of a prompt beside those that all prompts begin with.
+of the rounds, in wall and processor time; HR@10 and NDCG@10, and their difference from float32
+with a paired bootstrap interval of 95 %; the share of the lists' ids that float32's have, too;
+the share of texts that are the same; tokens of a prompt beside those that all prompts begin with.
 """
 
 import argparse
