@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrec_fast import ops
+from contrec_fast.ops.topk import RESCORE_ELEMENTS
 
 MEASURES = ("mse", "inner", "cos")
 SPARE = 16  # candidates beyond k, so that what the search rounds off leaves nobody out
@@ -77,11 +78,16 @@ class Ranking:
         return scores, ids
 
     def _exact(self, vectors: Tensor, ids: Tensor) -> Tensor:
-        """Scores [B, k] of items [B, k], computed in float64."""
-        items, vectors = self.items[ids.clamp(min=0)].double(), vectors.double()[:, None]
-        if self.measure == "inner":
-            return (items * vectors).sum(2).float()
-        return -(items - vectors).square().sum(2).sqrt().float()
+        """Scores [B, M] of items [B, M], computed in float64."""
+        at_once = max(1, RESCORE_ELEMENTS // max(1, ids.shape[1] * vectors.shape[1]))
+        scores = []
+        for own, found in zip(vectors.double().split(at_once), ids.clamp(min=0).split(at_once)):
+            items = self.items[found].double()
+            if self.measure == "inner":
+                scores.append((items * own[:, None]).sum(2))
+            else:
+                scores.append(-(items - own[:, None]).square().sum(2).sqrt())
+        return torch.cat(scores).float()
 
 
 def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
