@@ -122,14 +122,20 @@ class Prompts:
         batch.next_items = torch.from_numpy(np.concatenate(following))
         return batch
 
-    def inference_batch(self, histories: Sequence[np.ndarray]) -> PromptBatch:
+    def windows(self, histories: Sequence[np.ndarray]) -> list[Window]:
+        """The latest `config.history` items of each history."""
+        return [Window(h, max(0, len(h) - self.config.history)) for h in histories]
+
+    def inference_batch(
+        self, histories: Sequence[np.ndarray], windows: Sequence[Window] | None = None
+    ) -> PromptBatch:
         """Prompts up to the question, padded on the left, one condition each.
 
         Args:
-            histories: item indices, oldest first, at least one each; the latest
-            `config.history` of them are shown.
+            histories: item indices, oldest first, at least one each. windows: what is shown of
+            them, the latest `config.history` by default.
         """
-        windows = [Window(h, max(0, len(h) - self.config.history)) for h in histories]
+        windows = self.windows(histories) if windows is None else windows
         shown = [window.history[window.start :] for window in windows]
         batch = self._batch(windows, shown, np.zeros(len(windows), int), None)
         last = torch.tensor([len(items) for items in shown]).cumsum(0) - 1

@@ -126,9 +126,7 @@ class _RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         packing = self.cache.packing
-        heads = key_states.shape[1]
-        places = torch.arange(heads, device=packing.rows.device)[:, None] + packing.rows * heads
-        slots = (places * self.cache.places + packing.positions).flatten()
+        slots = self.cache.slots(key_states.shape[1], packing.rows, packing.positions)
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
             stored.flatten(0, 2).index_copy_(0, slots, new[0].flatten(0, 1))
         if self.only_store:
@@ -166,8 +164,16 @@ class RowCache(Cache):
     @property
     def place_bytes(self) -> int:
         """Memory of one place, once something is stored."""
-        found = (x for layer in self.layers for x in (layer.keys, layer.values))
-        return sum(x.shape[1] * x.shape[3] * x.element_size() for x in found)
+        return sum(x.shape[1] * x.shape[3] * x.element_size() for x in self.stored())
+
+    def stored(self) -> list[Tensor]:
+        """Keys and values [rows, heads, places, d] of each layer, once something is stored."""
+        return [x for layer in self.layers for x in (layer.keys, layer.values)]
+
+    def slots(self, heads: int, rows: Tensor, places: Tensor) -> Tensor:
+        """Where T tokens at rows [T] and places [T] are: [heads * T] rows of `stored`, [-1, d]."""
+        head = torch.arange(heads, device=rows.device)[:, None]
+        return ((rows * heads + head) * self.places + places).flatten()
 
     def keep_prefix(self, length: int) -> None:
         """Let every row begin with what the first places of row 0 hold."""

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contrec_fast.data.prompts import Prompts, padded_lists
+from contrec_fast.data.prompts import Prompts, Window, padded_lists
+from contrec_fast.engine.remembered import Known
 
 
 @dataclass
@@ -16,17 +17,22 @@ class PackedPrompts:
     """Prompts of B users but for what they all begin with, one after another: T tokens.
 
     token_ids, rows: [T] int64 as `ops.gather_tokens` takes them; rows refer to the K tokens of
-    each item of the catalog, then to the K tokens of each user. counts, reads: [B] on the host,
-    the tokens of each prompt, with the opening of a response if there is one, and where in it the
-    condition is read. The rest is what
+    each item of the catalog, then to the K tokens of each user. before: [B] on the host, how many
+    tokens of each prompt are left out because they are known. counts, reads: [B] on the host, the
+    tokens behind these, with the opening of a response if there is one, and where among them the
+    condition is read. lasting: [B] on the host, the tokens that a prompt with more items begins
+    with, too. known: B users, None where nothing is to be remembered. The rest is what
     `ContRec.conditions` and `ContRec.summaries` take of a batch (`PromptBatch`), for states
     [B, 1, H].
     """
 
     token_ids: Tensor
     rows: Tensor
+    before: Tensor
     counts: Tensor
     reads: Tensor
+    lasting: Tensor
+    known: list[Known | None]
     shown: Tensor
     older: Tensor
     older_offsets: Tensor
@@ -51,10 +57,9 @@ class PromptPacker:
         self._starts, self._lengths = np.full((2, items), -1)
         self._learning = threading.Lock()
 
-    def learn(self, histories: Sequence[np.ndarray]) -> None:
+    def learn(self, windows: Sequence[Window]) -> None:
         """Encode the items that `pack` will show; in any thread, while others are packed."""
-        most = self.prompts.config.history
-        items = np.concatenate([history[-most:] for history in histories])
+        items = np.concatenate(_shown(windows))
         with self._learning:
             new = np.unique(items[self._starts[items] < 0])
             if not len(new):
@@ -68,25 +73,31 @@ class PromptPacker:
             self._starts[new] = self._filled + lengths.cumsum() - lengths
             self._lengths[new], self._filled = lengths, filled
 
-    def order(self, histories: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
-        """[B] an order in which prompts become longer, and how long the items of the last are."""
-        self.learn(histories)
-        most = self.prompts.config.history
-        shown = [history[-most:] for history in histories]
+    def order(
+        self, windows: Sequence[Window], known: Sequence[Known | None]
+    ) -> tuple[np.ndarray, int]:
+        """[B] an order by how much there is to read, and the tokens of the most items."""
+        self.learn(windows)
+        shown = _shown(windows)
         firsts = np.cumsum([0, *map(len, shown[:-1])])
         lengths = np.add.reduceat(self._lengths[np.concatenate(shown)], firsts)
-        return np.argsort(lengths, kind="stable"), int(lengths.max())
+        return np.lexsort((lengths, lengths - _held(known))), int(lengths.max())
 
-    def pack(self, histories: Sequence[np.ndarray], opening: np.ndarray | None) -> PackedPrompts:
-        """Prompts of histories that `order` has seen.
+    def pack(
+        self,
+        windows: Sequence[Window],
+        known: Sequence[Known | None],
+        opening: np.ndarray | None,
+    ) -> PackedPrompts:
+        """Prompts of windows that `order` has seen.
 
         Args:
-            opening: [n] token ids, what the response may begin with, to stand behind the question;
-            None for prompts that end where the condition is read.
+            known: what is remembered of each user; the token where the condition is read is read
+            in any case. opening: [n] token ids, what the response may begin with, to stand behind
+            the question; None for prompts that end where the condition is read.
         """
-        most, cut, tail = self.prompts.config.history, self.prompts.behind, self._question[:2, :0]
-        shown = [history[-most:] for history in histories]
-        before = [history[:-most] for history in histories]
+        cut, tail = self.prompts.behind, self._question[:2, :0]
+        shown, older = _shown(windows), [window.history[: window.start] for window in windows]
         counts = np.array([len(items) for items in shown])
         items, ends = np.concatenate(shown), counts.cumsum()
         lengths, head = self._lengths[items], self._user.shape[1]
@@ -112,19 +123,35 @@ class PromptPacker:
         packed[:, at] = self._user[:, None]
         line = self.prompts.tokens * np.arange(len(shown))[:, None]
         rows[at] += np.where(self._user[1] >= 0, line, 0)
+        reads = head + bodies - 1 - (0 if opening is None else cut)
+        before = np.minimum(_held(known), reads)
+        if before.any():
+            place = np.arange(len(rows)) - np.repeat(starts, totals)
+            token_ids, rows = packed[:, place >= np.repeat(before, totals)]
         on_device = {
             "token_ids": torch.from_numpy(token_ids),
             "rows": torch.from_numpy(rows),
             "shown": padded_lists(shown),
-            "older": torch.from_numpy(np.concatenate(before)),
-            "older_offsets": torch.tensor([0, *map(len, before[:-1])]).cumsum(0),
+            "older": torch.from_numpy(np.concatenate(older)),
+            "older_offsets": torch.tensor([0, *map(len, older[:-1])]).cumsum(0),
             "read_row": torch.arange(len(shown)),
             "read_column": torch.zeros(len(shown), dtype=torch.int64),
             "read_item": torch.from_numpy(counts - 1),
         }
-        reads = head + bodies - 1 - (0 if opening is None else cut)
+        lasting = reads + 1 + (0 if opening is None else cut) - before
+        on_host = {"before": before, "counts": totals - before, "reads": reads - before,
+                   "lasting": lasting}  # fmt: skip
         return PackedPrompts(
-            counts=torch.from_numpy(totals),
-            reads=torch.from_numpy(reads),
+            known=list(known),
+            **{name: torch.from_numpy(array) for name, array in on_host.items()},
             **{name: tensor.to(self.device) for name, tensor in on_device.items()},
         )
+
+
+def _shown(windows: Sequence[Window]) -> list[np.ndarray]:
+    return [window.history[window.start :] for window in windows]
+
+
+def _held(known: Sequence[Known | None]) -> np.ndarray:
+    """[B] how many tokens are known."""
+    return np.array([len(user.places) if user else 0 for user in known])

@@ -2,19 +2,20 @@
 
 import copy
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from contrec_fast import ops
-from contrec_fast.data.prompts import Prompts
+from contrec_fast.data.prompts import Prompts, Window
 from contrec_fast.engine.decoding import Decoder
 from contrec_fast.engine.drafts import Drafts
 from contrec_fast.engine.fixed import WIDTH
 from contrec_fast.engine.packed import PackedModel, Packing
 from contrec_fast.engine.prompting import PackedPrompts, PromptPacker
+from contrec_fast.engine.remembered import Known, Remembered, growing_window
 from contrec_fast.models.contrec import ContRec
 
 CACHE_BYTES = 2**32  # of keys and values; more users than fit are served in turn
@@ -35,28 +36,45 @@ class Reader:
 
     The model must not change as long as the reader is used.
 
+    With `remembered`, of a user who comes back with a history that continues the one read before,
+    only what is new is read. For that, the window onto a history grows to twice
+    `config.prompt.history` items before it is cut back (`remembered.growing_window`), whether or
+    not the user is known: results are those of reading these windows from scratch, up to rounding,
+    whatever is remembered. Histories longer than `config.prompt.history` are thus read in windows
+    longer than those of training.
+
     Args:
         prompts: of the catalog that the histories refer to. dtype: that the language model
         computes in, its own by default; for another one it is copied. bfloat16 leaves conditions
         2 to 3 digits and may change words of the texts. learns: whether drafts are also made of
         what was written before, so that the passes, and with them the rounding, depend on it.
+        remembered: bytes for keys and values of users' items, on the model's device
+        (`engine.remembered`); None remembers nobody.
 
     Attributes:
         counters: tokens of "prompts" read; decoding "passes" and the tokens "fed" in them;
         "captures" of CUDA graphs and their "replays" (passes are what no graph served); tokens
-        "written".
+        "written"; "hits", "misses", "evictions" and "saved" tokens of what is remembered.
+
+    Raises:
+        ValueError: `remembered` is less than one token takes, in one line.
     """
 
     def __init__(
-        self, model: ContRec, prompts: Prompts, dtype: torch.dtype | None = None,
+        self,
+        model: ContRec,
+        prompts: Prompts,
+        dtype: torch.dtype | None = None,
         learns: bool = True,
-    ):  # fmt: skip
+        remembered: int | None = None,
+    ):
         backbone = model.backbone
         if dtype not in (None, backbone.dtype):
             backbone = copy.deepcopy(backbone).to(dtype)
         self.model, self.prompts, self.learns = model, prompts, learns
         self.packed = PackedModel(backbone)
-        names = ("prompts", "passes", "fed", "replays", "captures", "written")
+        names = ("prompts", "passes", "fed", "replays", "captures", "written", "hits", "misses",
+                 "evictions", "saved")  # fmt: skip
         self.counters = dict.fromkeys(names, 0)
         self.text_table = backbone.get_input_embeddings().weight.detach()
         self.tokens = model.item_tokens.flatten(0, 1).to(self.text_table.dtype)
@@ -65,6 +83,9 @@ class Reader:
         self._decoder: Decoder | None = None
         if self.packed.suits and self.prefix:
             self._read_role()
+        self.remembered, self._grows = None, remembered is not None
+        if self._grows and self.packed.suits:
+            self.remembered = Remembered(remembered, self.packed.cache, self.counters)
 
     @torch.inference_mode()
     def _read_role(self) -> None:
@@ -91,46 +112,71 @@ class Reader:
             self._decoder.drafts.forget()
 
     @torch.inference_mode()
-    def read(self, histories: Sequence[np.ndarray]) -> Tensor:
+    def read(
+        self, histories: Sequence[np.ndarray], users: Sequence[Hashable] | None = None
+    ) -> Tensor:
         """Conditions [B, D] of histories of item indices, oldest first, at least one each.
+
+        Args:
+            users: B ids by which users are remembered, if any are.
 
         Raises:
             ValueError: a prompt is longer than the language model has positions.
         """
+        windows = self.windows(histories)
         if not self.packed.suits:
-            batch = self.prompts.inference_batch(histories)
+            batch = self.prompts.inference_batch(histories, windows)
             return self.model.read(batch.to(self.text_table.device))
-        order, _ = self.packer.order(histories)
-        packed = self.packer.pack([histories[i] for i in order], None)
+        known, order, _ = self._known(windows, users)
+        packed = self.packer.pack([windows[i] for i in order], [known[i] for i in order], None)
         states = self._prefill(packed, packed.reads[:, None], lambda hidden: hidden[:, 0])
         return self._conditions(torch.cat(states), packed)[np.argsort(order)]
 
     @torch.inference_mode()
-    def write(self, histories: Sequence[np.ndarray]) -> tuple[Tensor, list[str]]:
+    def write(
+        self, histories: Sequence[np.ndarray], users: Sequence[Hashable] | None = None
+    ) -> tuple[Tensor, list[str]]:
         """Conditions [B, D] and the texts that answer such histories, written greedily.
+
+        Args:
+            users: see `read`.
 
         Raises:
             ValueError: a prompt and its response are longer than the language model has positions.
         """
+        windows = self.windows(histories)
         if not self.packed.suits:
-            batch = self.prompts.inference_batch(histories)
+            batch = self.prompts.inference_batch(histories, windows)
             return self.model.write(batch.to(self.text_table.device))
-        order, longest = self.packer.order(histories)
+        known, order, longest = self._known(windows, users)
         room = self.model.config.prompt.response_tokens
         places = (self.prefix + longest + MARGIN + room) * self.packed.cache.place_bytes
         most = max(1, CACHE_BYTES // places)
         parts = [
-            self._write([histories[i] for i in order[first : first + most]])
-            for first in range(0, len(order), most)
+            self._write([windows[i] for i in part], [known[i] for i in part])
+            for part in np.split(order, range(most, len(order), most))
         ]
         conditions, texts = zip(*parts)
         texts, back = sum(texts, []), np.argsort(order)
         return torch.cat(conditions)[back], [texts[i] for i in back]
 
-    def _write(self, histories: Sequence[np.ndarray]) -> tuple[Tensor, list[str]]:
+    def windows(self, histories: Sequence[np.ndarray]) -> list[Window]:
+        """What is read of histories."""
+        if self._grows:
+            return [growing_window(h, self.prompts.config.history) for h in histories]
+        return self.prompts.windows(histories)
+
+    def _known(self, windows: list[Window], users: Sequence[Hashable] | None):
+        """What is remembered of users, and `PromptPacker.order`."""
+        known: list[Known | None] = [None] * len(windows)
+        if self.remembered is not None and users is not None:
+            known = self.remembered.look_up(users, windows)
+        return known, *self.packer.order(windows, known)
+
+    def _write(self, windows: list[Window], known: list[Known | None]) -> tuple[Tensor, list[str]]:
         decoder = self._decoder = self._decoder or self._make_decoder()
         opening = decoder.opening()
-        packed = self.packer.pack(histories, opening.cpu().numpy())
+        packed = self.packer.pack(windows, known, opening.cpu().numpy())
         first = packed.counts - len(opening) - 1  # where the first token is written
         wanted = [packed.reads, *(first + i for i in range(len(opening) + 1))]
 
@@ -139,7 +185,7 @@ class Reader:
 
         room = decoder.room - len(opening)
         states, best = zip(*self._prefill(packed, torch.stack(wanted, dim=1), take, room))
-        places = (self.prefix + first + 1).to(opening.device)
+        places = (self.prefix + packed.before + first + 1).to(opening.device)
         written = decoder.write(opening, torch.cat(best), places)
         if self.learns:
             decoder.drafts.learn(written)
@@ -180,7 +226,7 @@ class Reader:
             filled = ends[first - 1] if first else 0
             parts.append(slice(first, max(bisect_right(ends, filled + budget), first + 1)))
         rows = len(ends) if room is not None else max(part.stop - part.start for part in parts)
-        longest = self.prefix + int(packed.counts.max())
+        longest = self.prefix + int((packed.before + packed.counts).max())
         self.model.require_positions(longest + (room or 0))
         # Passes of fixed shapes write a draft's width behind a response, too.
         self.packed.cache.reserve(rows, longest + (0 if room is None else room + WIDTH))
@@ -192,20 +238,27 @@ class Reader:
 
     def _pass(self, packed: PackedPrompts, part: slice, wanted: Tensor, tokens: Tensor, row: int):
         """Hidden states [b, n, H] at places [b, n] of part of the prompts."""
-        counts, cache = packed.counts[part], self.packed.cache
+        counts, before, cache = packed.counts[part], packed.before[part], self.packed.cache
         starts = counts.cumsum(0) - counts
         first = int(packed.counts[: part.start].sum())
         these = slice(first, first + int(counts.sum()))
         embedded = ops.gather_tokens(
             packed.token_ids[None, these], packed.rows[None, these], self.text_table, tokens
         )[0]
-        positions = self.prefix + torch.arange(len(embedded)) - starts.repeat_interleave(counts)
-        packing = Packing.of(counts, positions, cache, row, alike=True)
+        positions = torch.arange(len(embedded)) + (before - starts).repeat_interleave(counts)
+        positions += self.prefix
+        packing = Packing.of(counts, positions, cache, row, alike=not before.any())
         keep = (starts[:, None] + wanted).flatten()
         each = torch.full_like(counts, wanted.shape[1])
         kept = Packing.of(each, positions[keep], cache, row)
         self.counters["prompts"] += len(embedded)
+        known = packed.known[part] if self.remembered is not None else ()
+        if known:
+            self.remembered.restore(known, before.numpy(), row, self.prefix)
         hidden = self.packed(embedded, packing, keep.to(embedded.device), kept)
+        if known:
+            lasting = (before + packed.lasting[part]).numpy()
+            self.remembered.save(known, lasting, row, self.prefix)
         return hidden.view(*wanted.shape, -1)
 
     def _token_table(self, packed: PackedPrompts) -> Tensor:
