@@ -34,7 +34,7 @@ def writing(model, texts):
     honest = recommender.reader.write
     rows = {tuple(history.tolist()): row for row, history in enumerate(small_shop().histories)}
 
-    def write(histories):
+    def write(histories, users=None):
         return honest(histories)[0], [texts[rows[tuple(h.tolist())]] for h in histories]
 
     recommender.reader.write = write

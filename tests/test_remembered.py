@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from model_cases import backbone_of, prompts_of, random_history, random_model
+from model_cases import backbone_of, prompts_of, random_history, random_model, small_shop
 from ops_cases import refused
 
+from contrec_fast.data import Dataset
+from contrec_fast.engine import Engine
 from contrec_fast.engine import reader as reader_module
 from contrec_fast.engine.reader import Reader
 from contrec_fast.engine.remembered import growing_window
@@ -182,6 +184,21 @@ def test_a_model_that_cannot_be_packed_reads_the_same_windows():
     assert written == texts
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(reader.read(histories), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_engine_remembers_users_by_their_ids():
+    """The same lists whether users are new or come back, also with other rows of a dataset."""
+    model, shop = random_model(HISTORY), small_shop()
+    engine = Engine(model, shop, remembered=2**24)
+    before = Dataset(shop.items, shop.user_ids, [h[:-1] for h in shop.histories], shop.targets)
+    fresh = Engine(model, shop, remembered=2**24).recommend(range(30), 10)
+    engine.over(before).recommend(range(30), 10)
+    found = engine.recommend(range(30), 10)
+    assert engine.reader.counters["hits"] > 15
+    np.testing.assert_array_equal(found.ids, fresh.ids)
+    np.testing.assert_allclose(found.scores, fresh.scores, atol=1e-4)
+    with refused(ValueError, "remembered"):
+        Engine(model, shop, remembered=2**24, deterministic=True)
 
 
 def test_refuses_less_than_a_token_takes():

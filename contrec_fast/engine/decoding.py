@@ -38,8 +38,13 @@ class Decoder:
         tokens, length = self.drafts.propose(start, self.room - 1)
         return tokens[0, : int(length)]
 
-    def greedy(self, hidden: Tensor) -> Tensor:
-        """The most likely next token [...] after each of the hidden states [..., H]."""
+    def greedy(self, hidden: Tensor, fed: Tensor | None = None) -> Tensor:
+        """The most likely next token [...] after each of the hidden states [..., H].
+
+        Args:
+            fed: [B, W] bool, which of the tokens of a pass they belong to (hidden is [T, H]); None
+            for those of the opening (hidden is [B, 1 + n, H]).
+        """
         plain = type(self.head) is nn.Linear and self.head.bias is None
         if not plain or hidden.device.type != "cpu":
             return self.head(hidden).argmax(-1)
@@ -66,9 +71,13 @@ class Decoder:
                 self._pass()
         return self.written
 
+    def _propose(self, most: int) -> tuple[Tensor, Tensor]:
+        """[B, most] token ids that may come next, [B] how many of them are a draft."""
+        draft, drafted = self.drafts.propose(self.context, most)
+        return draft, drafted.minimum(self.room - 1 - self.count)
+
     def _pass(self) -> None:
-        draft, drafted = self.drafts.propose(self.context, LONGEST)
-        drafted = drafted.minimum(self.room - 1 - self.count)
+        draft, drafted = self._propose(LONGEST)
         counts = torch.where(self.alive, 1 + drafted, 0)
         width = int(counts.max())
         draft = draft[:, : width - 1]
@@ -78,23 +87,30 @@ class Decoder:
         positions = (self.place[:, None] + columns)[real]
         packing = Packing.of(counts.cpu(), positions.cpu(), self.packed.cache)
         best = torch.zeros_like(fed)
-        best[real] = self.greedy(self.packed(self.embed(fed[real]), packing))
+        best[real] = self.greedy(self.packed(self.embed(fed[real]), packing), real)
         self.counters["passes"] += 1
         self.counters["fed"] += len(positions)
         self._accept(draft, drafted, best)
 
     def _fixed_pass(self) -> None:
         live = self.alive.nonzero()[:, 0]
-        draft, drafted = self.drafts.propose(self.context, WIDTH - 1)
-        drafted = drafted.minimum(self.room - 1 - self.count)
+        draft, drafted = self._propose(WIDTH - 1)
         fed = torch.cat([self.context[live, -1:], draft[live]], dim=1)
         best = self.context.new_zeros(len(self.alive), WIDTH)
-        best[live] = self.fixed(fed, self.place[live], live)
+        best[live] = self._chosen(self.fixed(fed, self.place[live], live), live)
         self.counters["replays"] += 1
         self._accept(draft, drafted, best)
 
-    def _accept(self, draft: Tensor, drafted: Tensor, best: Tensor) -> None:
-        """Keep of a draft [B, W - 1] what was written anyhow, best [B, W], and one token more."""
+    def _chosen(self, found: Tensor, live: Tensor) -> Tensor:
+        """[n, WIDTH] what is most likely, from what passes of fixed shapes give for rows live."""
+        return found
+
+    def _accept(self, draft: Tensor, drafted: Tensor, best: Tensor) -> Tensor:
+        """Keep of a draft [B, W - 1] what was written anyhow, best [B, W], and one token more.
+
+        Returns:
+            [B] how much of the draft.
+        """
         columns = torch.arange(best.shape[1], device=best.device)
         right = (draft == best[:, :-1]) & (columns[:-1] < drafted[:, None])
         accepted = right.cumprod(1).sum(1)
@@ -109,6 +125,7 @@ class Decoder:
         self.count = self.count + new.sum(1)
         self.counters["written"] += len(rows)
         self.alive = self.alive & ~ended.any(1) & (self.count < self.room)
+        return accepted
 
 
 def greedy(hidden: Tensor, weight: Tensor) -> Tensor:

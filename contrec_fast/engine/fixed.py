@@ -17,7 +17,8 @@ class FixedPasses:
     """Passes of n sequences, filled up to a power of two, in buffers that stay where they are.
 
     Args:
-        choose: hidden states [..., H] to token ids [...]. counters: "captures" are counted there.
+        choose: hidden states [T, H] to what is wanted of each, as token ids [T]. counters:
+        "captures" are counted there.
     """
 
     def __init__(self, packed: PackedModel, embed, choose, counters: dict):
@@ -41,13 +42,13 @@ class FixedPasses:
             batch //= 2
 
     def __call__(self, fed: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-        """What is most likely after each token.
+        """What is wanted after each token.
 
         Args:
             fed: [n, WIDTH] token ids. places: [n] of the first of them. rows: [n] of the cache.
 
         Returns:
-            [n, WIDTH] token ids.
+            [n, WIDTH] or more dimensions.
         """
         count = len(fed)
         tokens, starts, where, run = self._passes[1 << (count - 1).bit_length()]
@@ -74,7 +75,7 @@ class FixedPasses:
             firsts = torch.arange(0, batch * WIDTH + 1, WIDTH, device=device)
             packing = Packing(positions.flatten(), rows, firsts, [block])
             hidden = self.packed(self.embed(tokens.flatten()), packing)
-            return self.choose(hidden).view(batch, WIDTH)
+            return self.choose(hidden).unflatten(0, (batch, WIDTH))
 
         if device.type != "cuda":
             return tokens, starts, where, body

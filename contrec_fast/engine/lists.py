@@ -54,6 +54,12 @@ class Engine:
         seed: key of the sampler's noise.
         text: off leaves out the text and its bonus (the latent path alone).
         dtype, deterministic: see `Recommender`.
+        remembered: bytes for what was read of users, so that of one who comes back only new items
+        are read; windows onto histories then grow. constrained: texts name what exists (`Reader`).
+
+    Raises:
+        ValueError: `remembered` is less than a token takes or given with `deterministic`, or
+        `constrained` is wanted of a language model that cannot be packed.
     """
 
     def __init__(
@@ -64,7 +70,14 @@ class Engine:
         text: bool = True,
         dtype: torch.dtype | None = None,
         deterministic: bool = False,
+        remembered: int | None = None,
+        constrained: bool = False,
     ):
+        if deterministic and remembered is not None:
+            raise ValueError(
+                f"remembered: expected None with deterministic, as who came before changes the "
+                f"rounding, got {remembered}"
+            )
         self.model, self.dataset, self.seed = model.eval(), dataset, seed
         config = model.config
         self.text = (text or config.head.source == "response") and config.prompt.text != "none"
@@ -72,7 +85,7 @@ class Engine:
             dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
         )
         self.deterministic = deterministic
-        self.reader = Reader(model, self.prompts, dtype, learns=not deterministic)
+        self.reader = Reader(model, self.prompts, dtype, not deterministic, remembered, constrained)
         self.matcher = CategoryMatcher(dataset.items.categories)
         groups = self.matcher.groups.to(model.item_vectors.device)
         self.catalog = ops.Catalog(model.item_vectors.detach(), groups)
@@ -127,7 +140,7 @@ class Engine:
     def _prepare(self, rows: np.ndarray) -> tuple:
         """What a batch needs that the device has no part in."""
         histories = [self.dataset.histories[row] for row in rows]
-        self.reader.packer.learn(histories)
+        self.reader.packer.learn(self.reader.windows(histories))
         keys = torch.tensor([stable_id(self.dataset.user_ids[row]) for row in rows])
         seen = None
         if self.model.config.retrieval.filter_seen:
@@ -152,10 +165,11 @@ class Engine:
         return self._sample(*self._prepare(rows)[:2])
 
     def _sample(self, histories: list[np.ndarray], keys: Tensor) -> tuple[Tensor, list[str]]:
+        users = keys.tolist()
         if self.text:
-            condition, texts = self.reader.write(histories)
+            condition, texts = self.reader.write(histories, users)
         else:
-            condition, texts = self.reader.read(histories), [""] * len(histories)
+            condition, texts = self.reader.read(histories, users), [""] * len(histories)
         return self.vectors(condition, keys.to(condition.device)), texts
 
     def vectors(self, condition: Tensor, keys: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contrec_fast import ops
 from contrec_fast.data.prompts import Prompts, Window
+from contrec_fast.engine.constrained import ConstrainedDecoder, ResponseTrie
 from contrec_fast.engine.decoding import Decoder
 from contrec_fast.engine.drafts import Drafts
 from contrec_fast.engine.fixed import WIDTH
@@ -49,7 +50,9 @@ class Reader:
         2 to 3 digits and may change words of the texts. learns: whether drafts are also made of
         what was written before, so that the passes, and with them the rounding, depend on it.
         remembered: bytes for keys and values of users' items, on the model's device
-        (`engine.remembered`); None remembers nobody.
+        (`engine.remembered`); None remembers nobody. constrained: texts are then responses of the
+        catalog, whole or cut at `config.prompt.response_tokens`, so that category and title exist:
+        the greedy choice among the tokens that go on with one. All of them are tokenized.
 
     Attributes:
         counters: tokens of "prompts" read; decoding "passes" and the tokens "fed" in them;
@@ -57,7 +60,8 @@ class Reader:
         "written"; "hits", "misses", "evictions" and "saved" tokens of what is remembered.
 
     Raises:
-        ValueError: `remembered` is less than one token takes, in one line.
+        ValueError: `remembered` is less than one token takes, or `constrained` is wanted of a
+        language model that cannot be packed, in one line.
     """
 
     def __init__(
@@ -67,12 +71,18 @@ class Reader:
         dtype: torch.dtype | None = None,
         learns: bool = True,
         remembered: int | None = None,
+        constrained: bool = False,
     ):
         backbone = model.backbone
         if dtype not in (None, backbone.dtype):
             backbone = copy.deepcopy(backbone).to(dtype)
         self.model, self.prompts, self.learns = model, prompts, learns
-        self.packed = PackedModel(backbone)
+        self.packed, self.constrained = PackedModel(backbone), constrained
+        if constrained and not self.packed.suits:
+            raise ValueError(
+                "constrained: expected a language model that can be packed, without a sliding "
+                f"window, got {type(backbone).__name__}"
+            )
         names = ("prompts", "passes", "fed", "replays", "captures", "written", "hits", "misses",
                  "evictions", "saved")  # fmt: skip
         self.counters = dict.fromkeys(names, 0)
@@ -200,7 +210,11 @@ class Reader:
     def _make_decoder(self) -> Decoder:
         end, room = self.model.text_tokenizer.eos_token_id, self.model.config.prompt.response_tokens
         drafts = Drafts(self.prompts.responses(EXAMPLES), end, self.text_table.device)
-        return Decoder(self.packed, drafts, end, room, self.counters)
+        if not self.constrained:
+            return Decoder(self.packed, drafts, end, room, self.counters)
+        responses, vocabulary = self.prompts.responses(self.packer.items), len(self.text_table)
+        trie = ResponseTrie(responses, room, vocabulary, end, self.text_table.device)
+        return ConstrainedDecoder(trie, self.packed, drafts, end, room, self.counters)
 
     def _conditions(self, states: Tensor, packed: PackedPrompts) -> Tensor:
         states = states.to(self.model.item_vectors.dtype)
