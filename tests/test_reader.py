@@ -1,6 +1,7 @@
 """The reader: conditions and texts of ContRec's own methods, whatever the language model."""
 
 import copy
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,10 +16,12 @@ from model_cases import (
     small_shop,
 )
 from ops_cases import refused
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
+from contrec_fast import ContRec
 from contrec_fast.data.interactions import Items
 from contrec_fast.engine import reader as reader_module
+from contrec_fast.engine.accelerate import histories_of
 from contrec_fast.engine.decoding import Decoder, greedy
 from contrec_fast.engine.drafts import CONTEXT, LONGEST, RECENT, Drafts
 from contrec_fast.engine.prompting import PromptPacker
@@ -160,6 +163,31 @@ def test_refuses_prompts_longer_than_the_language_model_reads():
     with refused(ValueError, "prompt.history"):
         reader.write(histories)
     reader.read(histories)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3, "length_penalty": -9.0},
+        {"suppress_tokens": list(range(0, 400, 2))},
+        {"do_sample": True, "temperature": 9.0},
+    ],
+)
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_a_folders_settings_of_generation_are_left_out(tmp_path, settings, file):
+    model = random_model("prompt.response_tokens=17")
+    batch = prompts_of(model).inference_batch([random_history(length) for length in LENGTHS])
+    texts = model.write(batch)[1]
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "backbone" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    loaded = ContRec.from_pretrained(tmp_path / "model")
+    assert same(Reader(loaded, prompts_of(loaded)), histories_of(batch)) == texts
+    settings.pop("do_sample", None)  # which `write` says itself
+    loaded.backbone.generation_config = GenerationConfig(**settings)
+    assert (loaded.write(batch)[1] != texts) == ("temperature" not in settings)
 
 
 def test_the_model_is_left_as_it_is():

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -110,6 +111,9 @@ def load_text_tokenizer(path: str | Path):
 def load_backbone(path: str | Path):
     """Load a causal LM folder and make sure it knows `<diff>` and `</diff>`.
 
+    The folder's settings of generation are left out: responses are what greedy decoding writes,
+    without a penalty or a ban, as in training.
+
     Returns:
         (model in float32, tokenizer).
 
@@ -118,6 +122,7 @@ def load_backbone(path: str | Path):
         end a text.
     """
     model, tokenizer = load_language_model(path), load_text_tokenizer(path)
+    model.generation_config = GenerationConfig()
     if tokenizer.add_tokens([OPEN, CLOSE], special_tokens=True):
         table = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > table:
