@@ -10,7 +10,7 @@ import torch
 import contrec_fast
 from contrec_fast import native, ops
 
-OPTIONAL = ("triton", "faiss-cpu", "faiss-gpu-cu12", "flash-attn")
+OPTIONAL = ("triton", "faiss-cpu", "faiss-gpu-cu12")
 
 
 def default_device() -> torch.device:

@@ -193,7 +193,7 @@ def test_drafts_are_put_right_and_go_on_where_there_is_no_choice():
 
 
 def test_refuses_a_sliding_window():
-    model = copy.copy(random_model())
+    model = copy.deepcopy(random_model())
     model.backbone = MistralForCausalLM(
         MistralConfig(
             vocab_size=len(model.text_tokenizer), hidden_size=16, intermediate_size=32,

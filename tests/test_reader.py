@@ -105,7 +105,7 @@ def test_a_text_ends_at_its_end_and_at_the_room():
 
     class Packed:
         class cache:
-            device, places, blocked = "cpu", 0, False
+            device, places, attention = "cpu", 0, "layers"
 
         class backbone:
             get_input_embeddings = staticmethod(lambda: lambda ids: ids[:, None].float())
@@ -201,7 +201,7 @@ def test_the_model_is_left_as_it_is():
 
 
 def test_a_sliding_window_is_read_by_the_model_itself():
-    model = copy.copy(random_model())
+    model = copy.deepcopy(random_model())
     model.backbone = MistralForCausalLM(
         MistralConfig(
             vocab_size=len(model.text_tokenizer), hidden_size=16, intermediate_size=32,
@@ -215,7 +215,7 @@ def test_a_sliding_window_is_read_by_the_model_itself():
 
 
 def test_grouped_queries_are_packed():
-    model = copy.copy(random_model())
+    model = copy.deepcopy(random_model())
     model.backbone = MistralForCausalLM(
         MistralConfig(
             vocab_size=len(model.text_tokenizer), hidden_size=16, intermediate_size=32,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from contrec_fast.engine import varlen
 from contrec_fast.engine.layers import Layers
 from contrec_fast.native_layers import layer_instruction_sets
 
@@ -46,13 +47,14 @@ class Packing:
 
     positions: [T] int64 in their sequence, which are also places in the cache. rows: [T] int64,
     their row of the cache. starts: [B + 1] int64, the first token of each sequence, and T.
-    blocks: what the attention does at a time, if it goes by blocks (`RowCache.blocked`).
+    blocks, runs: what the attention goes by, if it goes by these (`RowCache.attention`).
     """
 
     positions: Tensor
     rows: Tensor
     starts: Tensor
     blocks: list[Block]
+    runs: varlen.Runs | None = None
 
     @classmethod
     def of(cls, counts: Tensor, positions: Tensor, cache: "RowCache", first: int = 0,
@@ -65,13 +67,16 @@ class Packing:
         """
         rows = torch.arange(first, first + len(counts)).repeat_interleave(counts)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        runs = None
+        if cache.attention == "runs":
+            runs = varlen.Runs.of(rows.numpy(), positions.numpy(), cache.device)
         blocks, start = [], 0
-        for busy in counts.nonzero()[:, 0].split(BLOCK) if cache.blocked else ():
+        for busy in counts.nonzero()[:, 0].split(BLOCK) if cache.attention == "blocks" else ():
             part = counts[busy].numpy()
             tokens = slice(start, start := start + int(part.sum()))
             at = positions[tokens].numpy()
             blocks.append(_block(part, tokens, at, first + busy, cache, alike))
-        return cls(*(x.to(cache.device) for x in (positions, rows, starts)), blocks)
+        return cls(*(x.to(cache.device) for x in (positions, rows, starts)), blocks, runs)
 
 
 def _block(counts, tokens, positions, rows, cache: "RowCache", alike: bool) -> Block:
@@ -150,15 +155,15 @@ class RowCache(Cache):
         layers: how many. dtype: of the language model. device: where.
 
     Attributes:
-        rows, places: the capacity. packing: of the tokens that go through the model now. blocked:
-        whether attention goes by blocks.
+        rows, places: the capacity. packing: of the tokens that go through the model now.
+        attention: goes by "blocks", by "runs" (`engine.varlen`), or "layers" have their own.
     """
 
     def __init__(self, layers: int, dtype: torch.dtype, device):
         super().__init__(layers=[_RowLayer(self) for _ in range(layers)])
         self.dtype, self.device, self.rows, self.places = dtype, device, 0, 0
         self.packing: Packing | None = None
-        self.blocked = True
+        self.attention = "blocks"
         self._prefix: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -202,6 +207,8 @@ class RowCache(Cache):
 def _attend(module, query, key, value, attention_mask, packing=None, **options):
     """Attention of queries [1, heads, T, d] over rows of the cache, as transformers calls it."""
     query, mixed = query[0].transpose(0, 1), []
+    if packing.runs is not None:
+        return varlen.attend(query, key, value, packing.runs, options.get("scaling"))[None], None
     options["is_causal"] = False
     for block in packing.blocks:
         part = query[block.tokens]
@@ -252,33 +259,38 @@ class PackedModel:
 
     @torch.inference_mode()
     def _agrees(self, table: Tensor) -> bool:
-        """Compare with the model as it is, on two short sequences; sets `layers`, `narrows`."""
+        """Compare with the model as it is, on two short sequences, one of which goes on from what
+        the cache holds; sets `layers`, `narrows` and the cache's `attention`."""
         numbers = torch.arange(7 * table.shape[1], device=table.device) % 13
         x = (numbers.view(7, -1) - 6).to(table.dtype) * table.std() / 4
         expected = torch.cat([
             self.base(inputs_embeds=part[None], use_cache=False).last_hidden_state[0]
             for part in (x[:5], x[5:])
         ])  # fmt: skip
-        positions = torch.tensor([0, 1, 2, 3, 4, 0, 1])
         self.cache.reserve(2, 5)
-        keep = torch.tensor([2, 4, 6])
+        keep = torch.tensor([1, 3])
         tolerance = 1e-3 if table.dtype == torch.float32 else 0.1
-        while True:
-            self.cache.blocked = self.layers is None
-            packing = Packing.of(torch.tensor([5, 2]), positions, self.cache)
-            kept = Packing.of(torch.tensor([2, 1]), positions[keep], self.cache)
+        narrows, layers = [True, False] if self.narrows else [False], self.layers
+        ways = [("blocks", narrow) for narrow in narrows]
+        if layers is not None:
+            ways = [("layers", self.narrows), *ways]
+        if varlen.wanted(table.device, table.dtype):
+            ways = [("runs", narrow) for narrow in narrows] + ways
+        for attention, narrow in ways:
+            self.cache.attention, self.narrows = attention, narrow
+            self.layers = layers if attention == "layers" else None
+            before = Packing.of(torch.tensor([3, 0]), torch.arange(3), self.cache)
+            positions = torch.tensor([3, 4, 0, 1])
+            packing = Packing.of(torch.tensor([2, 2]), positions, self.cache)
+            kept = Packing.of(torch.tensor([1, 1]), positions[keep], self.cache)
             try:
-                found = self(x, packing, keep.to(table.device), kept)
-                if torch.allclose(found, expected[keep], tolerance, tolerance):
+                self(x[:3], before)
+                found = self(x[3:], packing, keep.to(table.device), kept)
+                if torch.allclose(found, expected[3:][keep], tolerance, tolerance):
                     return True
             except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
                 pass  # what another way of passing arguments comes to
-            if self.layers is not None:
-                self.layers = None
-            elif self.narrows:
-                self.narrows = False
-            else:
-                return False
+        return False
 
     def __call__(self, embedded: Tensor, packing: Packing, keep: Tensor | None = None,
                  kept: Packing | None = None) -> Tensor:  # fmt: skip
