@@ -73,8 +73,8 @@ def test_windows_grow_to_twice_their_length(most):
 def test_random_visits_are_read_as_from_scratch(overrides, monkeypatch):
     monkeypatch.setitem(reader_module.BUDGET, "cpu", 300)
     rng = np.random.default_rng(np.random.randint(2**31))
-    block = prompts_of(random_model(HISTORY, *overrides)).blocks([0])[0]
-    reader = remembering(*overrides, tokens=22 * block.shape[1])
+    length = prompts_of(random_model(HISTORY, *overrides)).blocks(np.arange(1))[1][0]
+    reader = remembering(*overrides, tokens=22 * length)
     users = [f"user {i}" for i in range(9)]
     histories = {user: random_history(rng.integers(1, 12)) for user in users}
     for visit in range(12):
@@ -95,7 +95,7 @@ def test_random_visits_are_read_as_from_scratch(overrides, monkeypatch):
 def test_only_new_items_are_read(new, write):
     reader = remembering()
     history = random_history(5)
-    blocks = [piece.shape[1] for piece in reader.prompts.blocks(history)]
+    blocks = reader.prompts.blocks(history)[1]
     first = check(reader, [history[: 5 - new]], [7], write)
     again = check(reader, [history], [7], write)
     assert (first["hits"], first["misses"], first["saved"]) == (0, 1, 0)
@@ -143,7 +143,7 @@ def test_users_are_told_apart_by_their_ids():
 def test_the_users_seen_longest_ago_are_forgotten():
     histories = [random_history(4) for _ in range(4)]
     prompts = prompts_of(random_model(HISTORY))
-    tokens = [sum(block.shape[1] for block in prompts.blocks(items)) for items in histories]
+    tokens = [prompts.blocks(items)[1].sum() for items in histories]
     reader = remembering(tokens=sum(sorted(tokens)[1:]))  # of any three
     held = sum(pool.numel() * pool.element_size() for pool in reader.remembered._pool)
     assert held == sum(sorted(tokens)[1:]) * reader.packed.cache.place_bytes
