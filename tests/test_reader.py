@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from contrec_fast import ContRec
 from contrec_fast.data.interactions import Items
+from contrec_fast.data.prompts import Window
 from contrec_fast.engine import reader as reader_module
 from contrec_fast.engine.accelerate import histories_of
 from contrec_fast.engine.decoding import Decoder, greedy
@@ -321,15 +323,21 @@ def test_items_are_encoded_in_any_thread_while_others_are_packed(overrides):
     opening = None if overrides else np.arange(3)
     with ThreadPoolExecutor(4) as threads:
         for _ in range(30):
-            histories = [random_history(length) for length in np.random.randint(1, 30, 3)]
-            others = [[random_history(length)] for length in np.random.randint(1, 4, 8)]
-            learning = threads.map(shared.learn, others)
+            windows, others = (
+                [
+                    Window(random_history(n), max(0, n - 20))
+                    for n in np.random.randint(1, most, number)
+                ]
+                for most, number in ((30, 3), (4, 8))
+            )
+            learning = threads.map(lambda window: shared.learn([window]), others)
             found, expected = (
-                (packer.order(histories), packer.pack(histories, opening))
+                (packer.order(windows, [None] * 3), packer.pack(windows, [None] * 3, opening))
                 for packer in (shared, alone)
             )
             np.testing.assert_array_equal(found[0][0], expected[0][0])
             assert found[0][1] == expected[0][1]
             for name, value in vars(expected[1]).items():
-                assert torch.equal(getattr(found[1], name), value), name
+                same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+                assert same(getattr(found[1], name), value), name
             assert not any(learning)
