@@ -101,7 +101,7 @@ def stream(recommender: Recommender, path: Path, k: int) -> dict:
         "file_bytes": path.stat().st_size,
         "memory": {
             "before": held, "after_a_tenth": tenth, "most_in_the_second_half": max(half),
-            "after_each_chunk": marks,
+            "at_the_end": resident(), "after_each_chunk": marks,
         },
     }  # fmt: skip
 
