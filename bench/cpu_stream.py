@@ -85,9 +85,9 @@ def stream(recommender: Recommender, path: Path, k: int) -> dict:
     users, items = len(dataset.user_ids), len(dataset.items)
     recommender.recommend(dataset.user_ids[:CHUNK], k=k)  # sets up memory and libraries
     with ProgressBars() as bars:
-        begun, watch = time.perf_counter(), Watch(bars)
+        begun, processor, watch = time.perf_counter(), time.process_time(), Watch(bars)
         recommender.write_lists(path, k=k, progress=watch)
-        seconds = time.perf_counter() - begun
+        seconds, processor = time.perf_counter() - begun, time.process_time() - processor
     marks = watch.memory
     tenth, half = marks[(len(marks) - 1) // 10], marks[len(marks) // 2 :]
     shape = f"{users} users, {items} items, k {k}"
@@ -95,6 +95,7 @@ def stream(recommender: Recommender, path: Path, k: int) -> dict:
         "write_lists", shape, "float32", "engine", np.diff(watch.times).tolist()
     ) | {
         "users_per_s": users / seconds,
+        "processor_us_per_user": 1e6 * processor / users,
         "seconds_in_all": seconds,
         "seconds_before_the_first_chunk": watch.times[0] - begun,
         "seconds_behind_the_last_chunk": begun + seconds - watch.times[-1],
@@ -163,7 +164,8 @@ def main():
             results.append(kill_and_resume(args.kill, args.items, args.k, Path(folder)))
     case, memory = results[0], results[0]["memory"]
     print(
-        f"{case['users_per_s']:.0f} users/s in {case['seconds_in_all']:.0f} s; memory "
+        f"{case['users_per_s']:.0f} users/s in {case['seconds_in_all']:.0f} s, "
+        f"{case['processor_us_per_user']:.0f} us of processor time per user; memory "
         + ", ".join(
             f"{name.replace('_', ' ')} {size / GIB:.3f} GiB"
             for name, size in memory.items()
