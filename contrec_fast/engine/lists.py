@@ -22,10 +22,6 @@ BATCH = 512
 # Devices beside which batches are prepared. A CPU does it sooner itself: the thread would take
 # turns with those that compute.
 BUSY_ELSEWHERE = ("cuda",)
-SCHEMA = pa.schema({
-    "user_id": pa.string(), "item_id": pa.string(), "title": pa.string(), "score": pa.float32(),
-    "rank": pa.int64(), "matched": pa.bool_(), "text": pa.string(),
-})  # fmt: skip
 
 
 @dataclass
@@ -178,11 +174,11 @@ class Engine:
 
 
 def table_of(dataset: Dataset, rows: np.ndarray, lists: Recommendations) -> pa.Table:
-    """The lists of some user rows, as SCHEMA has them."""
+    """The lists of some user rows: columns as `Recommender.recommend` names them."""
     place, rank = np.nonzero(lists.ids >= 0)
     items, item = np.unique(lists.ids[place, rank], return_inverse=True)
     names = dataset.items
-    columns = {
+    return pa.table({
         "user_id": _repeated([dataset.user_ids[row] for row in rows], place),
         "item_id": _repeated([names.ids[i] for i in items], item),
         "title": _repeated([names.titles[i] for i in items], item),
@@ -190,9 +186,9 @@ def table_of(dataset: Dataset, rows: np.ndarray, lists: Recommendations) -> pa.T
         "rank": rank + 1,
         "matched": lists.matched[place, rank],
         "text": _repeated(lists.texts, place),
-    }
-    return pa.table(columns, SCHEMA)
+    })  # fmt: skip
 
 
 def _repeated(texts: list[str], places: np.ndarray) -> pa.Array:
-    return pa.array(texts, pa.string()).take(pa.array(places))
+    # Large: those of everybody's lists may have more than 2 GiB.
+    return pa.array(texts, pa.large_string()).take(pa.array(places))

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -19,9 +20,13 @@ import contrec_fast
 from contrec_fast.data.files import whole_file
 from contrec_fast.data.interactions import Dataset
 from contrec_fast.engine.ahead import ahead
-from contrec_fast.engine.lists import SCHEMA, Engine, table_of
+from contrec_fast.engine.lists import Engine, table_of
 
 CHUNK = 8192
+SCHEMA = pa.schema({
+    "user_id": pa.string(), "item_id": pa.string(), "title": pa.string(), "score": pa.float32(),
+    "rank": pa.int64(), "matched": pa.bool_(), "text": pa.string(),
+})  # fmt: skip
 
 
 def chunks_of(dataset: Dataset, chunk: int) -> list[np.ndarray]:
@@ -55,7 +60,7 @@ def write_chunks(engine: Engine, chunks: list[np.ndarray], path: Path, k: int, p
     def write(chunk) -> None:
         part, rows, lists = chunk
         with whole_file(part) as partial:
-            pq.write_table(table_of(engine.dataset, rows, lists), partial)
+            pq.write_table(table_of(engine.dataset, rows, lists).cast(SCHEMA), partial)
 
     for _ in ahead(write, computed()):
         pass
