@@ -13,6 +13,7 @@ from ops_cases import refused
 
 from contrec_fast import ContRec, Recommender, accelerate
 from contrec_fast.data.prompts import Prompts, Window
+from contrec_fast.data.templates import response_text
 from contrec_fast.engine import Recommendations
 from contrec_fast.engine.accelerate import histories_of
 
@@ -162,6 +163,39 @@ def test_deterministic_lists_are_bitwise_the_same_in_any_company(overrides):
         pd.testing.assert_frame_equal(found, expected, check_exact=True)
 
 
+def test_users_who_come_back_are_remembered():
+    """One item more, read behind what is remembered, gives the lists of reading it all."""
+    model, names = random_model(), small_shop().items.ids
+    plain, kept = Recommender(model), Recommender(model, remembered=2**24)
+    histories = {user: names[i : i + 5] for i, user in enumerate("abcdef")}
+    for _ in range(2):
+        expected, found = (r.recommend(histories=histories, k=5) for r in (plain, kept))
+        pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
+        histories = {user: [*items, names[40]] for user, items in histories.items()}
+    assert kept.engine.reader.counters["hits"] == len(histories)
+
+
+def test_texts_name_what_exists():
+    """Of a language model that writes anything: beginnings of responses of the catalog."""
+    items = small_shop().items
+    answers = [response_text(*pair).strip() for pair in zip(items.titles, items.categories)]
+    model = random_model("prompt.response_tokens=40")
+    texts = Recommender(model, constrained=True).recommend(k=1).text
+    assert all(text and any(answer.startswith(text) for answer in answers) for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_an_index_that_looks_everywhere_gives_the_exact_lists(kind):
+    pytest.importorskip("faiss", reason="needs faiss, which is not installed")
+    model = random_model("prompt.text=none")
+    recommender = Recommender(model, index=kind)
+    index = recommender.engine.head.index
+    if kind == "ivf":
+        index.faiss.nprobe = index.faiss.nlist
+    pd.testing.assert_frame_equal(recommender.recommend(k=5), Recommender(model).recommend(k=5))
+    assert index.counts["queries"] == USERS
+
+
 def test_bfloat16_is_near_float32():
     model = random_model("prompt.text=none")
     engine, half = Recommender(model).engine, Recommender(model, dtype=torch.bfloat16).engine
@@ -178,13 +212,16 @@ def test_bfloat16_is_near_float32():
         ("nowhere", {}, ValueError, "nowhere"),
         (trained_model, {"dtype": torch.int8}, TypeError, "dtype"),
         (trained_model, {"dtype": "float32"}, TypeError, "dtype"),
+        (trained_model, {"index": "tree"}, ValueError, "kind"),
+        (trained_model, {"remembered": 1}, ValueError, "remembered"),
+        (trained_model, {"remembered": 2**24, "deterministic": True}, ValueError, "remembered"),
     ],
 )
 def test_refused(model, options, kind, name):
     model = model() if callable(model) else model
     with refused(kind, name):
         Recommender(model, **options)
-    if isinstance(model, ContRec) or model == 7:
+    if (isinstance(model, ContRec) and "dtype" in options) or model == 7:
         with refused(kind, name):
             accelerate(model, **options)
 

@@ -285,7 +285,13 @@ def test_a_table_has_a_row_for_each_item(recommender, shape):
     assert all(frame[name].dtype == kinds.get(name, text) for name in frame)
 
 
-OTHERS = {"text": {"text": False}, "seed": {"seed": 1}, "dtype": {"dtype": torch.bfloat16}}
+OTHERS = {
+    "text": {"text": False},
+    "seed": {"seed": 1},
+    "dtype": {"dtype": torch.bfloat16},
+    "constrained": {"constrained": True},
+    "remembered": {"remembered": 2**24},
+}
 
 
 @pytest.mark.parametrize("change", ["weights", "k", "users", *OTHERS])

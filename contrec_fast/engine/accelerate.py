@@ -131,7 +131,8 @@ class AcceleratedContRec(ContRec):
             ),
             Part("item tokens", f"precomputed, {size:.1f} MiB", ""),
             Part(
-                "language model", str(reader.text_table.dtype).removeprefix("torch."), ""
+                "language model", str(reader.text_table.dtype).removeprefix("torch."),
+                reader.packed.compiled,
             ),
             Part(
                 "CUDA graphs",

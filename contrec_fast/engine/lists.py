@@ -49,13 +49,11 @@ class Engine:
         dataset: the model's own, or other users of the same catalog.
         seed: key of the sampler's noise.
         text: off leaves out the text and its bonus (the latent path alone).
-        dtype, deterministic: see `Recommender`.
-        remembered: bytes for what was read of users, so that of one who comes back only new items
-        are read; windows onto histories then grow. constrained: texts name what exists (`Reader`).
+        dtype, deterministic, remembered, constrained, index: see `Recommender`.
 
     Raises:
-        ValueError: `remembered` is less than a token takes or given with `deterministic`, or
-        `constrained` is wanted of a language model that cannot be packed.
+        ValueError: `remembered` is less than a token takes or given with `deterministic`,
+        `constrained` is wanted of a language model that cannot be packed, or an unknown index.
     """
 
     def __init__(
@@ -68,6 +66,7 @@ class Engine:
         deterministic: bool = False,
         remembered: int | None = None,
         constrained: bool = False,
+        index: str | None = None,
     ):
         if deterministic and remembered is not None:
             raise ValueError(
@@ -85,7 +84,13 @@ class Engine:
         self.matcher = CategoryMatcher(dataset.items.categories)
         groups = self.matcher.groups.to(model.item_vectors.device)
         self.catalog = ops.Catalog(model.item_vectors.detach(), groups)
-        self.head = Head(model, self.catalog, seed=seed)
+        self.head = Head(model, self.catalog, seed=seed, index=index)
+        # All that decides lists beside model and users.
+        self.settings = {
+            "seed": seed, "text": self.text, "dtype": str(self.reader.text_table.dtype),
+            "deterministic": deterministic, "grows": remembered is not None,
+            "constrained": constrained, "index": index,
+        }  # fmt: skip
 
     def over(self, dataset: Dataset) -> "Engine":
         """The same, with all that it holds ready, for other users of the same catalog."""

@@ -32,10 +32,18 @@ class Recommender:
             language model. Several times slower where many small prompts are read.
         text: off leaves out the written text and its bonus (the latent path alone): faster.
         seed: key of the sampler's noise.
+        remembered: bytes for what was read of users, so that of one who comes back only the new
+            items are read. The window onto a history then grows to twice `prompt.history` items
+            before it is cut back (`Reader`). By default nobody is remembered.
+        constrained: texts are then responses of the catalog: category and title exist.
+        index: "flat", "ivf" or "hnsw" lets faiss find candidates, which are scored exactly
+            (`CandidateIndex`); the search is exact by default.
 
     Raises:
-        ValueError: a folder that holds no model, or a model without a dataset, in one line.
+        ValueError: a folder that holds no model, a model without a dataset, an unknown index, or
+            options that do not go together, in one line.
         TypeError: `model` is neither, or `dtype` no float dtype.
+        ImportError: an index is wanted and faiss is not installed.
     """
 
     def __init__(
@@ -47,6 +55,9 @@ class Recommender:
         deterministic: bool = False,
         text: bool = True,
         seed: int = 0,
+        remembered: int | None = None,
+        constrained: bool = False,
+        index: str | None = None,
     ):
         if isinstance(model, (str, Path)):
             model = ContRec.from_pretrained(model)
@@ -58,7 +69,9 @@ class Recommender:
         if model.dataset is None:
             raise ValueError("model: expected one with a dataset, which names users and items")
         self.model = model if device is None else model.to(device)
-        self.engine = Engine(model, model.dataset, seed, text, dtype, deterministic)
+        self.engine = Engine(
+            model, model.dataset, seed, text, dtype, deterministic, remembered, constrained, index
+        )
 
     def recommend(
         self,

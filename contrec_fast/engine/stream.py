@@ -78,8 +78,7 @@ def _fingerprint(engine: Engine, *arguments) -> str:
         digest.update((json.dumps(values) + "\n").encode())
 
     model, dataset = engine.model, engine.dataset
-    how = engine.seed, engine.text, engine.deterministic, str(engine.reader.text_table.dtype)
-    add(contrec_fast.__version__, asdict(model.config), how, arguments)
+    add(contrec_fast.__version__, asdict(model.config), engine.settings, arguments)
     for name, tensor in model.state_dict().items():
         add(name, list(tensor.shape), str(tensor.dtype))
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
