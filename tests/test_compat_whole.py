@@ -134,6 +134,7 @@ def test_by_default_a_response_is_padded_as_if_its_user_were_alone(folder):
     # Ends of texts, so that lengths differ.
     model.model.get_output_embeddings().weight.data[0] *= 4
     lists = loaded(model, folder).predictor(model.item_embeds, model.user_embeds)
+    assert lists.responder.ends == [0]  # of the folder
     each = [released_way(model, *([part[row]] for part in asked)) for row in range(6)]
     noise = torch.cat([noise for _, noise in each], dim=1)
     found = lists.predict(*asked, noise=noise)

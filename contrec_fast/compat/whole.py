@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from contrec_fast.compat.backbone import BackboneCheckpoint
 from contrec_fast.compat.checkpoint import add_constant_noise, released_parts, state_and_settings
@@ -59,7 +59,17 @@ def load_released_checkpoint(
     weights.problems.finish()
     if constant_noise:
         add_constant_noise(weights, released)
-    return ReleasedModel(released, checkpoint.load(lora_alpha), text_tokenizer).eval()
+    checkpoint.load(lora_alpha)
+    language_model.generation_config.eos_token_id = _ends(base, language_model)
+    return ReleasedModel(released, language_model, text_tokenizer).eval()
+
+
+def _ends(base: str | Path, language_model: PreTrainedModel) -> int | list[int] | None:
+    """The tokens that end a text for transformers' `generate`, of the folder's settings."""
+    try:
+        return GenerationConfig.from_pretrained(base).eos_token_id
+    except OSError:  # there are none
+        return GenerationConfig.from_model_config(language_model.config).eos_token_id
 
 
 def _compare(weights: Weights, what: str, got, expected) -> None:
