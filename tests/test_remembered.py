@@ -201,7 +201,10 @@ def test_the_engine_remembers_users_by_their_ids():
         Engine(model, shop, remembered=2**24, deterministic=True)
 
 
-def test_refuses_less_than_a_token_takes():
+def test_refuses_less_than_a_token_takes_and_other_than_an_id_for_each_history():
     model = random_model()
     with refused(ValueError, "remembered"):
         Reader(model, prompts_of(model), remembered=3)
+    for users in ([], [1, 2]):
+        with refused(ValueError, "users"):
+            remembering().read([random_history(3)], users)

@@ -61,7 +61,7 @@ class Remembered:
             )
         self.cache, self.counters = cache, counters
         self._users: OrderedDict[Hashable, Known] = OrderedDict()
-        self._free = np.arange(limit // cache.place_bytes)[::-1].copy()
+        self._free = np.arange(int(limit // cache.place_bytes))[::-1].copy()
         self._left = len(self._free)  # the first of `_free` are free
         self._call = 0
         self._pool = [x.new_empty(len(self._free) * x.shape[1], x.shape[3]) for x in cache.stored()]
@@ -74,7 +74,7 @@ class Remembered:
         already met.
         """
         self._call += 1
-        return [self._look_up(user, window) for user, window in zip(users, windows, strict=True)]
+        return [self._look_up(user, window) for user, window in zip(users, windows)]
 
     def _look_up(self, user: Hashable, window: Window) -> Known | None:
         known = self._users.get(user)

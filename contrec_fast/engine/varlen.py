@@ -2,7 +2,7 @@
 
 FlashAttention (arXiv 2307.08691) goes over sequences that follow one another: one call a layer, no
 mask and no padding, where `packed.Block`s take several calls each. The keys and values that are
-looked at are gathered from the cache first: the kernel in torch has no paged caches.
+looked at are gathered from the cache first: paged caches would need FlashAttention 3.
 """
 
 from typing import NamedTuple
