@@ -337,6 +337,14 @@ def test_another_job_for_the_same_file_meanwhile(recommender, served, tmp_path, 
     pd.testing.assert_frame_equal(pd.read_parquet(out), expected)
 
 
+def test_who_is_remembered_does_not_decide_a_file(tmp_path):
+    recommender = Recommender(random_model(), remembered=2**24)
+    recommender.recommend(k=3)
+    recommender.write_lists(tmp_path / "lists.parquet", k=3, chunk=CHUNK)
+    counters = recommender.engine.reader.counters
+    assert counters["hits"] == 0 and counters["misses"] == 2 * USERS
+
+
 def test_a_number_of_numpys(recommender, tmp_path):
     users = recommender.model.dataset.user_ids[:2]
     recommender.write_lists(tmp_path / "lists.parquet", users, k=np.int64(3))

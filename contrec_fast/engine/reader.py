@@ -121,6 +121,8 @@ class Reader:
         """Let what is read from now on not depend, by its rounding, on what was read before."""
         if self._decoder is not None:
             self._decoder.drafts.forget()
+        if self.remembered is not None:
+            self.remembered.clear()
 
     @torch.inference_mode()
     def read(

@@ -150,6 +150,11 @@ class Remembered:
         self._left -= count
         return self._free[self._left : self._left + count].copy()
 
+    def clear(self) -> None:
+        """Forget everybody."""
+        for user in list(self._users):
+            self._forget(user)
+
     def _forget(self, user: Hashable) -> None:
         known = self._users.pop(user, None)
         if known is not None:
