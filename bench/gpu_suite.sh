@@ -4,7 +4,8 @@
 #     bench/gpu_suite.sh OUT [SECONDS]
 #
 # Environment, the probes that decide the kernels' design, PyTorch baselines, build, GPU tests, the
-# Triton kernels beside PyTorch and under a checker and a profiler, tools, the other tests.
+# Triton kernels beside PyTorch and under a checker and a profiler, the engine with language models
+# of real sizes, tools, the other tests.
 # Needs no network. Writes OUT/results.json (after every part, so that a run that is cut off keeps
 # what it had), OUT/log.txt and for the Triton kernels OUT/gpu-*.json and OUT/rows-*.json, which
 # bench/dispatch_table.py merges into what `auto` chooses from. Each part has its own time limit and the whole run one of SECONDS
@@ -72,6 +73,7 @@ part triton-topk 90 python3 bench/gpu_topk.py --out "$out/gpu-topk.json" \
 part triton-sample 120 python3 bench/gpu_sample.py --out "$out/gpu-sample.json" \
   --rows "$out/rows-sample.json" --dims 512 64 --steps 200 3 --batches 1 64 4096 \
   --forms persistent persistent-pre step step-pre
+part engine 150 python3 bench/gpu_engine.py --out "$out/gpu-engine.json"
 part triton-training 120 python3 bench/gpu_training.py --out "$out/gpu-training.json" \
   --rows "$out/rows-training.json" --dtypes bf16 --mlp 512x4096 --adaln 1024x3x4096 \
   --cross-entropy 100000x64x1024 1000000x64x256 1000000x512x1024
@@ -84,6 +86,8 @@ part triton-cooperative 40 python3 bench/gpu_sample.py --out "$out/gpu-cooperati
 part tests-cooperative 30 python3 -m pytest -q -m gpu -k cooperative tests
 part triton-memcheck 90 python3 bench/triton_tools.py compute-sanitizer
 part triton-ncu 60 python3 bench/triton_tools.py ncu
+part engine-compiled 180 python3 bench/gpu_engine.py --out "$out/gpu-engine-compiled.json" \
+  --models llama-3.2-1b --caches dynamic compiled --batches 256
 part torch-sampler-compile 100 python3 bench/torch_sampler.py --compile
 part tool-ncu 30 python3 bench/check_tools.py ncu "$scratch/tool_sample"
 part tool-compute-sanitizer 30 python3 bench/check_tools.py compute-sanitizer "$scratch/tool_sample"

@@ -98,6 +98,8 @@ case "$1" in
   bench/gpu_sample.py) set -- "$@" --dims 8 --batches 1 --steps 1 --repeats 1 --dtypes fp32;;
   bench/gpu_training.py) set -- "$@" --gather 1x3x5 --cross-entropy 9x3x1 --mlp 3x1 --adaln 4x1x1 \
     --repeats 1 --dtypes fp32;;
+  bench/gpu_engine.py) set -- "$@" --small --users 5 --few 2 --rounds 1 --items 60 --dim 8 \
+    --steps 2 --batches 3;;
 esac
 exec "$REAL_PYTHON" "$@"
 """,
@@ -108,14 +110,21 @@ PARTS = ["environment", "compile-probes"]
 PARTS += [f"probe-{name}" for name in "clusters barriers dsmem wgmma multicast".split()]
 PARTS += [f"probe-{name}" for name in "elementwise graph copy".split()]
 PARTS += ["torch-rates", "torch-sampler", "torch-topk", "build", "import-extension", "tests-gpu"]
-PARTS += ["triton-topk", "triton-sample", "triton-training", "triton-training-fp32"]
+PARTS += ["triton-topk", "triton-sample", "engine", "triton-training", "triton-training-fp32"]
 PARTS += ["triton-cooperative", "tests-cooperative", "triton-memcheck", "triton-ncu"]
-PARTS += ["torch-sampler-compile", "tool-ncu", "tool-compute-sanitizer", "tool-nsys", "tests"]
+PARTS += [
+    "engine-compiled",
+    "torch-sampler-compile",
+    "tool-ncu",
+    "tool-compute-sanitizer",
+    "tool-nsys",
+    "tests",
+]
 # What the parts of the Triton kernels write.
 SAMPLE_AND_TOPK, TRAINING = ("topk", "sample", "cooperative"), ("training", "training-fp32")
 MEASURED = {
     f"{kind}-{name}.json" for kind in ("gpu", "rows") for name in (*SAMPLE_AND_TOPK, *TRAINING)
-}
+} | {"gpu-engine.json", "gpu-engine-compiled.json"}
 
 
 @pytest.fixture
@@ -157,7 +166,7 @@ def dry_run(tmp_path):
             env=kept | settings | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
         assert {path.name for path in out.iterdir()} - MEASURED == {"log.txt", "results.json"}
         results = json.loads((out / "results.json").read_text())
@@ -172,7 +181,7 @@ def statuses(results):
 
 
 def test_every_command_line_runs(dry_run):
-    process, results, stubs = dry_run()
+    process, results, stubs = dry_run("1200")  # by far enough on a busy machine, too
     problems = {
         n: (p["reason"], p["tail"]) for n, p in results["parts"].items() if p["status"] != "ok"
     }
@@ -216,6 +225,17 @@ def test_every_command_line_runs(dry_run):
         rows = json.loads((out / f"rows-{name}.json").read_text())
         assert {row["bucket"] for row in rows} == {case["bucket"] for case in measured}
         assert {dispatch_table.flaw(row) for row in rows} == {"measured on no GPU"}
+    for name, models in (("engine", 2), ("engine-compiled", 1)):
+        measured = json.loads((out / f"gpu-{name}.json").read_text())["results"]
+        for way in ("released", "torch", "engine", "undrafted", "latent", "fp8"):
+            cases = [case for case in measured if case.get("backend") == way]
+            assert len(cases) == models and all(case["users_per_s"] > 0 for case in cases)
+        known = [case for case in measured if "reached" in case]
+        assert len(known) == models
+        for case in known:
+            assert case["texts agree"] and case["condition error"] < 0.2
+            assert case["floor"] > 0 and case["engine counters"]["replays"] > 0
+            assert case["reached"].keys() == case["targets"].keys()
     checked = results["parts"]["triton-memcheck"]["figures"]
     assert checked[-1] == {"case": "memcheck", "errors": 0, "exit_status": 0}
     assert len(checked) > 16 and all(figure["verified"] for figure in checked[:-1])

@@ -1,7 +1,7 @@
 """Decoding passes of fixed shapes, which a GPU replays as CUDA graphs.
 
 A few sequences take a GPU less time than it takes to launch the kernels of a pass one by one.
-Graphs are captured when asked for, never while serving, for 1, 2, 4, ... LARGEST sequences.
+Graphs are captured when asked for, never while serving, for powers of two up to LARGEST sequences.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from contrec_fast.engine.packed import Block, PackedModel, Packing, causal_mask
 
 WIDTH = 8  # tokens of each sequence in a pass: the last one written and a draft
-LARGEST = 64  # sequences; with more, a pass without padding is faster
+LARGEST = {"cpu": 64, "cuda": 512}  # sequences; with more, a pass without padding is faster
 
 
 class FixedPasses:
@@ -23,12 +23,13 @@ class FixedPasses:
 
     def __init__(self, packed: PackedModel, embed, choose, counters: dict):
         self.packed, self.embed, self.choose, self.counters = packed, embed, choose, counters
+        self.largest = LARGEST.get(packed.cache.device.type, LARGEST["cuda"])
         self._passes: dict[int, tuple] = {}
         self._memory = self._pool = None
 
     def covers(self, count: int) -> bool:
         """Whether a pass of so many sequences is there, for the cache as it is allocated now."""
-        return 0 < count <= LARGEST and bool(self._passes) and self._memory == self._where()
+        return 0 < count <= self.largest and bool(self._passes) and self._memory == self._where()
 
     def prepare(self) -> None:
         """Make the passes of all sizes; on a GPU, capture them."""
@@ -36,7 +37,7 @@ class FixedPasses:
         most = getattr(self.packed.backbone.config, "max_position_embeddings", None)
         if most is not None and self.packed.cache.places > most:
             return  # what is fed behind the room of a response would have no position
-        batch = LARGEST
+        batch = self.largest
         while batch:  # the largest first: the others then reuse its memory
             self._passes[batch] = self._make(batch)
             batch //= 2
@@ -63,7 +64,9 @@ class FixedPasses:
     def _make(self, batch: int) -> tuple:
         cache, device = self.packed.cache, self.packed.cache.device
         tokens = torch.zeros(batch, WIDTH, dtype=torch.int64, device=device)
-        starts, where = torch.zeros(2, batch, dtype=torch.int64, device=device)
+        where = torch.zeros(batch, dtype=torch.int64, device=device)
+        # Before a capture passes run: they write behind all prompts, whose beginning rows share.
+        starts = torch.full_like(where, cache.places - WIDTH)
 
         def body() -> Tensor:
             positions = starts[:, None] + torch.arange(WIDTH, device=device)

@@ -22,7 +22,8 @@ BATCHES = (1, 8, 32, 128)  # sizes for which graphs are recorded
 class Head:
     """Everything behind the language model: condition, sampler, item space, top-K.
 
-    Nothing before the search waits for a GPU; `record` lets it run as CUDA graphs.
+    Nothing before the search waits for a GPU, and `record` lets the sampler run as CUDA graphs.
+    The search waits at its end: lists are exact, so it looks at whether they are certain.
 
     Args:
         latent: a `ContRec` or what `load_latent_path` reads of one; evaluated as it is.
@@ -148,20 +149,19 @@ class Head:
             raise ValueError(f"bag: expected {expected} (head.bag), got {got}")
         if bag is not None:
             check("bag", bag, (len(hidden), vectors.shape[1]), FLOATS, like=vectors)
-        for size, recorded in self._recorded.items():
-            if len(hidden) <= size:
-                if self.plan is not None:
-                    self.plan.check_fresh()
-                return recorded.replay(hidden, user_ids, bag)
-        return self._sample(hidden, user_ids, bag)
-
-    def _sample(self, hidden: Tensor, user_ids: Tensor, bag: Tensor | None) -> Tensor:
-        dtype = self.latent.condition.weight.dtype
-        bag = None if bag is None else bag.to(dtype)
-        return self.vectors(self.latent.project(hidden.to(dtype), bag), user_ids)
+        bag = None if bag is None else bag.to(weight.dtype)
+        return self.vectors(latent.project(hidden.to(weight.dtype), bag), user_ids)
 
     def vectors(self, condition: Tensor, user_ids: Tensor) -> Tensor:
         """Conditions [B, D] and noise keys [B] to item-space vectors [S, B, D]."""
+        for size, recorded in self._recorded.items():
+            if len(condition) <= size:
+                if self.plan is not None:
+                    self.plan.check_fresh()
+                return recorded.replay(condition, user_ids)
+        return self._vectors(condition, user_ids)
+
+    def _vectors(self, condition: Tensor, user_ids: Tensor) -> Tensor:
         draws, y = self.latent.config.retrieval.draws, condition
         if self.plan is not None:
             y = self.plan(condition, seed=self.seed, user_ids=user_ids, samples=draws)
@@ -225,7 +225,7 @@ class Head:
 
     @torch.no_grad()
     def record(self, batches: Sequence[int] = BATCHES) -> None:
-        """Record `sample` as one CUDA graph for each of these batch sizes.
+        """Record `vectors`, and with it the sampler, as a CUDA graph for each of these batch sizes.
 
         From then on a call with B users replays the smallest graph that holds them; larger ones
         run as before. Results are those of the larger batch, which may round differently. A
@@ -235,31 +235,27 @@ class Head:
             ValueError: the head is not on a GPU.
         """
         self._recorded, recorded = {}, {}
-        weight, dim = self.latent.condition.weight, self.latent.item_vectors.shape[1]
+        null = self.latent.head.denoiser.null_condition
         for size in sorted(batches):
-            hidden = weight.new_zeros(size, weight.shape[1])
-            user_ids = torch.zeros(size, dtype=torch.int64, device=weight.device)
-            bag = None if self.latent.bag is None else weight.new_zeros(size, dim)
-            call = functools.partial(self._sample, hidden, user_ids, bag)
-            recorded[size] = _Recorded(hidden, user_ids, bag, *as_graph(call, weight.device))
+            condition = null.new_zeros(size, len(null))
+            user_ids = torch.zeros(size, dtype=torch.int64, device=null.device)
+            call = functools.partial(self._vectors, condition, user_ids)
+            recorded[size] = _Recorded(condition, user_ids, *as_graph(call, null.device))
         self._recorded = recorded
 
 
 class _Recorded(NamedTuple):
     """A graph of one batch size: `run` makes `output` of what lies in the inputs."""
 
-    hidden: Tensor
+    condition: Tensor
     user_ids: Tensor
-    bag: Tensor | None
     run: Callable[[], None]
     output: Tensor
 
-    def replay(self, hidden: Tensor, user_ids: Tensor, bag: Tensor | None) -> Tensor:
-        count = len(hidden)
-        self.hidden[:count] = hidden
+    def replay(self, condition: Tensor, user_ids: Tensor) -> Tensor:
+        count = len(condition)
+        self.condition[:count] = condition
         self.user_ids[:count] = user_ids
-        if bag is not None:
-            self.bag[:count] = bag
         self.run()
         return self.output[:, :count].clone()
 

@@ -17,6 +17,7 @@ from contrec_fast.engine.ahead import ahead
 from contrec_fast.engine.head import Head, stable_id
 from contrec_fast.engine.reader import Reader
 from contrec_fast.models.contrec import ContRec
+from contrec_fast.ops.transfer import upload
 
 BATCH = 512
 # Devices beside which batches are prepared. A CPU does it sooner itself: the thread would take
@@ -152,7 +153,7 @@ class Engine:
     def _batch(self, histories: list[np.ndarray], keys: Tensor, seen: ops.SeenLists | None, k: int):
         device = self.model.item_vectors.device
         vectors, texts = self._sample(histories, keys)
-        matched, user = self.matcher.match(texts).to(device), None
+        matched, user = upload(self.matcher.match(texts), device), None
         if seen is not None:
             seen, user = seen.to(device), torch.arange(len(keys), device=device)
         scores, ids = self.head.search(vectors, k, matched, user, seen)
@@ -171,7 +172,7 @@ class Engine:
             condition, texts = self.reader.write(histories, users)
         else:
             condition, texts = self.reader.read(histories, users), [""] * len(histories)
-        return self.vectors(condition, keys.to(condition.device)), texts
+        return self.vectors(condition, upload(keys, condition.device)), texts
 
     def vectors(self, condition: Tensor, keys: Tensor) -> Tensor:
         """Conditions [B, D] and noise keys [B] to item-space vectors [S, B, D]."""

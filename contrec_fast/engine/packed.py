@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
@@ -18,9 +19,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from contrec_fast.engine import varlen
 from contrec_fast.engine.layers import Layers
 from contrec_fast.native_layers import layer_instruction_sets
+from contrec_fast.ops.transfer import upload
 
 NAME = "contrec_packed"  # of the attention function, as transformers knows it
-BLOCK = 16  # sequences in one attention: neighbours have similar lengths, so few places are padding
+# Sequences in one attention: neighbours have similar lengths, so few places are padding.
+BLOCK = {"cpu": 16, "cuda": 64}
 
 
 class Block(NamedTuple):
@@ -71,12 +74,13 @@ class Packing:
         if cache.attention == "runs":
             runs = varlen.Runs.of(rows.numpy(), positions.numpy(), cache.device)
         blocks, start = [], 0
-        for busy in counts.nonzero()[:, 0].split(BLOCK) if cache.attention == "blocks" else ():
+        block = BLOCK.get(cache.device.type, BLOCK["cuda"])
+        for busy in counts.nonzero()[:, 0].split(block) if cache.attention == "blocks" else ():
             part = counts[busy].numpy()
             tokens = slice(start, start := start + int(part.sum()))
             at = positions[tokens].numpy()
             blocks.append(_block(part, tokens, at, first + busy, cache, alike))
-        return cls(*(x.to(cache.device) for x in (positions, rows, starts)), blocks, runs)
+        return cls(*(upload(x, cache.device) for x in (positions, rows, starts)), blocks, runs)
 
 
 def _block(counts, tokens, positions, rows, cache: "RowCache", alike: bool) -> Block:
@@ -87,15 +91,15 @@ def _block(counts, tokens, positions, rows, cache: "RowCache", alike: bool) -> B
         padded = np.zeros(len(counts) * width, dtype=np.int64)
         padded[places] = np.arange(len(places))
         at = positions[padded]
-        padded, places = (torch.from_numpy(x).to(cache.device) for x in (padded, places))
+        padded, places = (upload(torch.from_numpy(x), cache.device) for x in (padded, places))
     at = at.reshape(shape)
-    at = torch.from_numpy(at[counts.argmax()][None] if alike else at).to(cache.device)
+    at = upload(torch.from_numpy(at[counts.argmax()][None] if alike else at), cache.device)
     mask = causal_mask(at, reach, cache.dtype)
     first, last = int(rows[0]), int(rows[-1])
     if last - first + 1 == len(rows):
         rows = slice(first, last + 1)  # which needs no copy of keys and values
     else:
-        rows = rows.to(cache.device)
+        rows = upload(rows, cache.device)
     return Block(tokens, rows, shape, reach, padded, places, mask)
 
 
@@ -209,19 +213,23 @@ def _attend(module, query, key, value, attention_mask, packing=None, **options):
     query, mixed = query[0].transpose(0, 1), []
     if packing.runs is not None:
         return varlen.attend(query, key, value, packing.runs, options.get("scaling"))[None], None
-    options["is_causal"] = False
+    # Heads that share keys and values stand below one another as queries: nothing is repeated.
+    groups = query.shape[1] // key.shape[1]
     for block in packing.blocks:
         part = query[block.tokens]
         if block.padded is not None:
             part = part[block.padded]
-        part = part.unflatten(0, block.shape).transpose(1, 2)
+        part = part.unflatten(0, block.shape).transpose(1, 2).unflatten(1, (-1, groups))
         keys, values = (x[:, :, : block.reach][block.rows] for x in (key, value))
-        part = _sdpa(module, part, keys, values, block.mask, **options)[0].flatten(0, 1)
+        mask = block.mask if groups == 1 else block.mask.repeat(1, 1, groups, 1)
+        part = F.scaled_dot_product_attention(
+            part.flatten(2, 3), keys, values, mask, scale=options.get("scaling")
+        )
+        part = part.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2).flatten(0, 1)
         mixed.append(part if block.places is None else part[block.places])
     return torch.cat(mixed)[None], None
 
 
-_sdpa = AttentionInterface()["sdpa"]
 AttentionInterface.register(NAME, _attend)
 
 
@@ -286,7 +294,9 @@ class PackedModel:
             try:
                 self(x[:3], before)
                 found = self(x[3:], packing, keep.to(table.device), kept)
-                if torch.allclose(found, expected[3:][keep], tolerance, tolerance):
+                wanted = expected[3:][keep]
+                error = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
+                if bool((error < tolerance).all()):
                     return True
             except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
                 pass  # what another way of passing arguments comes to

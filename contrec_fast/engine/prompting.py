@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contrec_fast.data.prompts import Prompts, Window, padded_lists
 from contrec_fast.engine.remembered import Known
+from contrec_fast.ops.transfer import upload
 
 
 @dataclass
@@ -144,7 +145,7 @@ class PromptPacker:
         return PackedPrompts(
             known=list(known),
             **{name: torch.from_numpy(array) for name, array in on_host.items()},
-            **{name: tensor.to(self.device) for name, tensor in on_device.items()},
+            **{name: upload(tensor, self.device) for name, tensor in on_device.items()},
         )
 
 

@@ -14,12 +14,15 @@ from contrec_fast.engine.constrained import ConstrainedDecoder, ResponseTrie
 from contrec_fast.engine.decoding import Decoder
 from contrec_fast.engine.drafts import Drafts
 from contrec_fast.engine.fixed import WIDTH
+from contrec_fast.engine.fp8 import quantize_layers
 from contrec_fast.engine.packed import PackedModel, Packing
 from contrec_fast.engine.prompting import PackedPrompts, PromptPacker
 from contrec_fast.engine.remembered import Known, Remembered, growing_window
 from contrec_fast.models.contrec import ContRec
+from contrec_fast.ops.transfer import upload
 
-CACHE_BYTES = 2**32  # of keys and values; more users than fit are served in turn
+CACHE_BYTES = 2**32  # of keys and values on a CPU; more users than fit are served in turn
+CACHE_SHARE = 4  # on a GPU: the free memory over this
 MARGIN = 64  # places for what stands in a prompt beside role and items
 EXAMPLES = 5000  # responses that drafts are made of at first
 BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens in one pass over prompts
@@ -48,7 +51,8 @@ class Reader:
     Args:
         prompts: of the catalog that the histories refer to. dtype: that the language model
         computes in, its own by default; for another one it is copied. bfloat16 leaves conditions
-        2 to 3 digits and may change words of the texts. learns: whether drafts are also made of
+        2 to 3 digits and may change words of the texts; "fp8": bfloat16 with linear layers in 8
+        bits (`engine.fp8`). learns: whether drafts are also made of
         what was written before, so that the passes, and with them the rounding, depend on it.
         remembered: bytes for keys and values of users' items, on the model's device
         (`engine.remembered`); None remembers nobody. constrained: texts are then responses of the
@@ -69,16 +73,18 @@ class Reader:
         self,
         model: ContRec,
         prompts: Prompts,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         learns: bool = True,
         remembered: int | None = None,
         constrained: bool = False,
     ):
         backbone = model.backbone
         if dtype not in (None, backbone.dtype):
-            backbone = copy.deepcopy(backbone).to(dtype)
+            backbone = copy.deepcopy(backbone).to(torch.bfloat16 if dtype == "fp8" else dtype)
         self.model, self.prompts, self.learns = model, prompts, learns
         self.packed, self.constrained = PackedModel(backbone), constrained
+        if dtype == "fp8":  # only now: rounding this coarse hides whether a model can be packed
+            quantize_layers(backbone)
         if constrained and not self.packed.suits:
             raise ValueError(
                 "constrained: expected a language model that can be packed, without a sliding "
@@ -92,6 +98,9 @@ class Reader:
         self.packer = PromptPacker(prompts, len(model.item_tokens), self.text_table.device)
         self.prefix = self.packer.role.shape[1]
         self._decoder: Decoder | None = None
+        self.cache_bytes = CACHE_BYTES
+        if self.text_table.is_cuda:
+            self.cache_bytes = torch.cuda.mem_get_info(self.text_table.device)[0] // CACHE_SHARE
         if self.packed.suits and self.prefix:
             self._read_role()
         self.remembered, self._grows = None, remembered is not None
@@ -144,7 +153,7 @@ class Reader:
         known, order, _ = self._known(windows, users)
         packed = self.packer.pack([windows[i] for i in order], [known[i] for i in order], None)
         states = self._prefill(packed, packed.reads[:, None], lambda hidden: hidden[:, 0])
-        return self._conditions(torch.cat(states), packed)[np.argsort(order)]
+        return self._back(self._conditions(torch.cat(states), packed), order)
 
     @torch.inference_mode()
     def write(
@@ -164,15 +173,21 @@ class Reader:
             return self.model.write(batch.to(self.text_table.device))
         known, order, longest = self._known(windows, users)
         room = self.model.config.prompt.response_tokens
-        places = (self.prefix + longest + MARGIN + room) * self.packed.cache.place_bytes
-        most = max(1, CACHE_BYTES // places)
+        # What is there already counts: it is not allocated anew, which would cost the graphs.
+        places = max(self.prefix + longest + MARGIN + room, self.packed.cache.places)
+        most = max(1, self.cache_bytes // (places * self.packed.cache.place_bytes))
         parts = [
             self._write([windows[i] for i in part], [known[i] for i in part])
             for part in np.split(order, range(most, len(order), most))
         ]
         conditions, texts = zip(*parts)
-        texts, back = sum(texts, []), np.argsort(order)
-        return torch.cat(conditions)[back], [texts[i] for i in back]
+        texts = sum(texts, [])
+        return self._back(torch.cat(conditions), order), [texts[i] for i in np.argsort(order)]
+
+    @staticmethod
+    def _back(rows: Tensor, order: np.ndarray) -> Tensor:
+        """Rows in the order before."""
+        return rows[upload(torch.from_numpy(np.argsort(order)), rows.device)]
 
     def windows(self, histories: Sequence[np.ndarray]) -> list[Window]:
         """What is read of histories."""
@@ -201,7 +216,7 @@ class Reader:
 
         room = decoder.room - len(opening)
         states, best = zip(*self._prefill(packed, torch.stack(wanted, dim=1), take, room))
-        places = (self.prefix + packed.before + first + 1).to(opening.device)
+        places = upload(self.prefix + packed.before + first + 1, opening.device)
         written = decoder.write(opening, torch.cat(best), places)
         if self.learns:
             decoder.drafts.learn(written)
@@ -275,7 +290,7 @@ class Reader:
         known = packed.known[part] if self.remembered is not None else ()
         if known:
             self.remembered.restore(known, before.numpy(), row, self.prefix)
-        hidden = self.packed(embedded, packing, keep.to(embedded.device), kept)
+        hidden = self.packed(embedded, packing, upload(keep, embedded.device), kept)
         if known:
             lasting = (before + packed.lasting[part]).numpy()
             self.remembered.save(known, lasting, row, self.prefix)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from contrec_fast.ops.transfer import upload
+
 
 class Runs(NamedTuple):
     """N stretches of packed tokens, each at consecutive positions of one sequence.
@@ -36,7 +38,7 @@ class Runs(NamedTuple):
         places = np.arange(keys[-1]) - np.repeat(keys[:-1], reach)
         queries = np.append(0, lengths.cumsum())
         found = np.repeat(rows[ends], reach), places, np.int32(queries), np.int32(keys)
-        tensors = (torch.from_numpy(x).to(device) for x in found)
+        tensors = (upload(torch.from_numpy(x), device) for x in found)
         return cls(*tensors, (int(lengths.max()), int(reach.max())))
 
 

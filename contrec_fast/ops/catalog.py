@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from contrec_fast.ops.checks import FLOATS, INTEGERS, check
+from contrec_fast.ops.transfer import upload
 
 FITTING = (2.0**-400, 2.0**400)  # norms whose squares and products are exact enough in float64
 FILL_ELEMENTS = 1 << 22  # vector elements worked on at once
@@ -247,7 +248,7 @@ class SeenLists:
     def to(self, device) -> "SeenLists":
         """The same on another device."""
         other = copy.copy(self)
-        other.offsets, other.ids = self.offsets.to(device), self.ids.to(device)
+        other.offsets, other.ids = (upload(x, device) for x in (self.offsets, self.ids))
         return other
 
     def __len__(self) -> int:
