@@ -196,12 +196,17 @@ def test_an_index_that_looks_everywhere_gives_the_exact_lists(kind):
     assert index.counts["queries"] == USERS
 
 
-def test_bfloat16_is_near_float32():
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.05), ("fp8", 0.2)])
+def test_fewer_bits_are_near_float32(dtype, error):
     model = random_model("prompt.text=none")
-    engine, half = Recommender(model).engine, Recommender(model, dtype=torch.bfloat16).engine
-    exact, found = (e.reader.read(small_shop().histories) for e in (engine, half))
-    assert found.dtype == exact.dtype == torch.float32 and not torch.equal(found, exact)
-    assert (found - exact).norm() < 0.05 * exact.norm()
+    fast = accelerate(model, dtype=dtype)
+    engine, other = Recommender(model).engine, fast.recommender.engine
+    exact, found = (e.reader.read(small_shop().histories) for e in (engine, other))
+    assert found.dtype == exact.dtype == torch.float32
+    assert 1e-4 < (found - exact).norm() / exact.norm() < error
+    assert Recommender(model, dtype=dtype).engine.settings == other.settings != engine.settings
+    (served,) = (part.served_by for part in fast.report if part.name == "language model")
+    assert served == str(dtype).removeprefix("torch.")
     assert model.backbone.dtype == torch.float32  # the model's own stays
 
 

@@ -27,7 +27,7 @@ def accelerate(
     model: ContRec,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     deterministic: bool = False,
     report: bool = False,
 ) -> "AcceleratedContRec":
@@ -131,7 +131,7 @@ class AcceleratedContRec(ContRec):
             ),
             Part("item tokens", f"precomputed, {size:.1f} MiB", ""),
             Part(
-                "language model", str(reader.text_table.dtype).removeprefix("torch."),
+                "language model", engine.settings["dtype"].removeprefix("torch."),
                 reader.packed.compiled,
             ),
             Part(

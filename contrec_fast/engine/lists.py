@@ -63,7 +63,7 @@ class Engine:
         dataset: Dataset,
         seed: int = 0,
         text: bool = True,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         deterministic: bool = False,
         remembered: int | None = None,
         constrained: bool = False,
@@ -88,7 +88,7 @@ class Engine:
         self.head = Head(model, self.catalog, seed=seed, index=index)
         # All that decides lists beside model and users.
         self.settings = {
-            "seed": seed, "text": self.text, "dtype": str(self.reader.text_table.dtype),
+            "seed": seed, "text": self.text, "dtype": str(dtype or model.backbone.dtype),
             "deterministic": deterministic, "grows": remembered is not None,
             "constrained": constrained, "index": index,
         }  # fmt: skip

@@ -25,7 +25,8 @@ class Recommender:
         model: a trained model with a dataset, or its folder.
         device: where to; a given model is moved there. By default it stays (a folder's: the CPU).
         dtype: that the language model computes in, its own by default; the rest stays float32.
-            bfloat16 leaves conditions 2 to 3 digits and may change words of the texts.
+            bfloat16 leaves conditions 2 to 3 digits and may change words of the texts; "fp8" is
+            bfloat16 with linear layers in 8 bits (`engine.fp8`), for GPUs: slow on a CPU.
         deterministic: a list's bits then depend on nothing but model, seed, user id and history
             (on the same machine with as many threads): each user is read and written alone, and
             drafts are not learned from others. Without it others change the rounding of the
@@ -42,7 +43,7 @@ class Recommender:
     Raises:
         ValueError: a folder that holds no model, a model without a dataset, an unknown index, or
             options that do not go together, in one line.
-        TypeError: `model` is neither, or `dtype` no float dtype.
+        TypeError: `model` is neither, or `dtype` neither a float dtype nor "fp8".
         ImportError: an index is wanted and faiss is not installed.
     """
 
@@ -51,7 +52,7 @@ class Recommender:
         model: ContRec | str | Path,
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         deterministic: bool = False,
         text: bool = True,
         seed: int = 0,
@@ -64,8 +65,8 @@ class Recommender:
         if not isinstance(model, ContRec):
             got = type(model).__name__
             raise TypeError(f"model: expected a ContRec or the path of its folder, got {got}")
-        if dtype is not None and not getattr(dtype, "is_floating_point", False):
-            raise TypeError(f"dtype: expected a float dtype of torch, got {dtype!r}")
+        if dtype not in (None, "fp8") and not getattr(dtype, "is_floating_point", False):
+            raise TypeError(f"dtype: expected a float dtype of torch or 'fp8', got {dtype!r}")
         if model.dataset is None:
             raise ValueError("model: expected one with a dataset, which names users and items")
         self.model = model if device is None else model.to(device)
