@@ -210,6 +210,24 @@ def test_fewer_bits_are_near_float32(dtype, error):
     assert model.backbone.dtype == torch.float32  # the model's own stays
 
 
+def test_graphs_are_captured_on_a_gpu_only():
+    with refused(ValueError, "record"):
+        Recommender(random_model()).warm_up()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overrides", [(), ("prompt.text=none",)])
+def test_graphs_serve_the_same_lists(overrides):
+    model = copy.deepcopy(random_model(*overrides))
+    fast = accelerate(model, device="cuda")
+    expected = Recommender(model.to("cuda")).recommend(k=5)
+    pd.testing.assert_frame_equal(fast.recommend(k=5), expected, rtol=1e-4)
+    engine = fast.recommender.engine
+    assert engine.head.recorded and bool(engine.reader.counters["captures"]) == engine.text
+    (served,) = (part.served_by for part in fast.report if part.name == "CUDA graphs")
+    assert served == "the sampler, decoding" if engine.text else "the sampler"
+
+
 @pytest.mark.parametrize(
     "model, options, kind, name",
     [

@@ -81,6 +81,8 @@ class AcceleratedContRec(ContRec):
         made_of = [self.dataset, *_versions(self)]
         if self._recommender is None or made_of != self._made_of:
             self._recommender = Recommender(self, **self._options)
+            if self.item_vectors.is_cuda and self.dataset.user_ids:
+                self._recommender.warm_up()
             self._made_of = made_of
         return self._recommender
 
@@ -136,8 +138,9 @@ class AcceleratedContRec(ContRec):
             ),
             Part(
                 "CUDA graphs",
-                "none yet" if on_gpu else "none",
-                "recorded by Head.record and Reader.warm_up" if on_gpu else "no GPU",
+                "the sampler, decoding" if reader.counters["captures"] else
+                "the sampler" if head.recorded else "none",
+                "" if head.recorded else "no users to warm up with" if on_gpu else "no GPU",
             ),
         ]  # fmt: skip
         served = ["gather_tokens", "cosine_topk"] + ["sample"] * (head.plan is not None)

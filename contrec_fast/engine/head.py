@@ -161,6 +161,11 @@ class Head:
                 return recorded.replay(condition, user_ids)
         return self._vectors(condition, user_ids)
 
+    @property
+    def recorded(self) -> list[int]:
+        """The batch sizes of what `record` recorded."""
+        return list(self._recorded)
+
     def _vectors(self, condition: Tensor, user_ids: Tensor) -> Tensor:
         draws, y = self.latent.config.retrieval.draws, condition
         if self.plan is not None:

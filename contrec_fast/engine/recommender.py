@@ -74,6 +74,21 @@ class Recommender:
             model, model.dataset, seed, text, dtype, deterministic, remembered, constrained, index
         )
 
+    def warm_up(self) -> None:
+        """Capture CUDA graphs for users like the model's own, of whom there must be some.
+
+        Nothing is captured later: longer prompts or more users at once are served without.
+
+        Raises:
+            ValueError: the model is not on a GPU, or has no users.
+        """
+        engine, histories = self.engine, sorted(self.model.dataset.complete().histories, key=len)
+        if not histories:
+            raise ValueError("model: expected one with users to warm up with, got none")
+        engine.head.record()
+        if engine.text:
+            engine.reader.warm_up(histories[-BATCH:])
+
     def recommend(
         self,
         users: Sequence[str] | None = None,
