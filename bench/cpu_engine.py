@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from engine_ways import AT_ONCE, Ways, now
+from engine_ways import AT_ONCE, TimedWays, now
 from reporting import environment, positive, record, store
 
 from contrec_fast import ContRec
@@ -185,7 +185,7 @@ def main():
         parser.error(f"--rounds: expected fewer than the data's {len(everybody)} users")
     warm = len(everybody) - args.rounds * args.users
     engine.recommend(everybody[: min(warm, args.users)], args.k)  # memory, drafts
-    ways, floor = Ways(engine, args.k), PrefillFloor(engine.reader)
+    ways, floor = TimedWays(engine, args.k), PrefillFloor(engine.reader)
     seconds, processor, stages = defaultdict(list), defaultdict(list), defaultdict(list)
     agreements = []
     for number in range(args.rounds):

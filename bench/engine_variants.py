@@ -6,6 +6,7 @@
 - bfloat16: the language model computes in that, the rest does not.
 - latent: no text is written, so that there is no bonus: the latent path alone.
 - bfloat16 latent: both.
+- fp8: linear layers in 8 bits; on a CPU its numbers count, not its time.
 - constrained: texts are responses of the catalog.
 - short: another model, trained like RUN but with prompt.text=response: prompts show continuous
   tokens without titles. short latent: that one without a text.
@@ -46,6 +47,7 @@ def variants(model: ContRec, short: ContRec | None) -> dict[str, Engine]:
         "bfloat16": Engine(model, model.dataset, dtype=low),
         "latent": Engine(model, model.dataset, text=False),
         "constrained": Engine(model, model.dataset, constrained=True),
+        "fp8": Engine(model, model.dataset, dtype="fp8"),
         "bfloat16 latent": Engine(model, model.dataset, text=False, dtype=low),
     }
     if short is not None:

@@ -1,4 +1,5 @@
-"""Three ways from histories to lists, which `cpu_engine.py` compares, and their stages."""
+"""Three ways from histories to lists, which `cpu_engine.py` compares, and their stages; what they
+share with those on a GPU (`gpu_ways.py`)."""
 
 import time
 from collections import defaultdict
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
-from released import ReleasedDenoiser, insert_tokens, rank, sample, schedule
+from released import PROMPT_TOKENS, ReleasedDenoiser, insert_tokens, rank, sample, schedule
 from torch_generation import TorchGeneration
 from torch_sampler import TorchSampler
 from torch_topk import torch_topk
@@ -19,7 +20,6 @@ from contrec_fast.engine.head import stable_id
 from contrec_fast.ops.noise import philox_normal
 
 AT_ONCE = 10  # users that the release reads at a time
-PROMPT_TOKENS = 1024
 TORCH_BATCH = 48  # the fastest of 32, 48, 64, 96 and 128
 
 
@@ -50,14 +50,11 @@ class Clock:
 
 
 class Ways:
-    """The three ways to the lists of some rows of an engine's dataset, and the clock they use.
-
-    Args:
-        recommender: has written before, so that all it calls is there to be timed.
-    """
+    """What ways to the lists of some rows of an engine's dataset are made of."""
 
     def __init__(self, recommender: Engine, k: int):
         self.engine, self.k = recommender, k
+        self.device = recommender.catalog.vectors.device
         model, self.dataset = recommender.model, recommender.dataset
         self.model, head = model, model.config.head
         self.histories = self.dataset.histories
@@ -67,8 +64,60 @@ class Ways:
         self.denoiser = ReleasedDenoiser.from_model(denoiser).eval()
         self.schedule = schedule(head.steps)
         self.items = F.normalize(model.item_vectors.detach(), dim=1)
-        self.groups = recommender.matcher.groups
+        self.groups = recommender.matcher.groups.to(self.device)
         self.guidance = head.guidance
+
+    def noise(self, rows) -> torch.Tensor:
+        """[steps, B, D] what the engine draws for these users."""
+        keys, dim = [stable_id(self.dataset.user_ids[row]) for row in rows], self.items.shape[1]
+        ids, seed = torch.tensor(keys, device=self.device), torch.tensor(self.engine.seed)
+        return torch.stack([philox_normal(seed, ids, dim, step) for step in range(self.steps)])
+
+    def fast(self, rows, noise):
+        found = self.engine.recommend(rows, self.k)
+        return torch.from_numpy(found.ids), found.texts, None
+
+    def _texts(self, written) -> list[str]:
+        texts = self.model.text_tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _padded(self, histories) -> PromptBatch:
+        batch = self.engine.prompts.inference_batch(histories)
+        more = PROMPT_TOKENS - batch.token_ids.shape[1]
+        if more < 0:
+            raise SystemExit(f"prompts: expected at most {PROMPT_TOKENS} tokens")
+        fills = {"token_ids": self.engine.prompts.pad, "rows": -1, "attention_mask": 0}
+        for name, value in fills.items():
+            setattr(batch, name, F.pad(getattr(batch, name), (more, 0), value=value))
+        batch.read_column = batch.read_column + more
+        return batch.to(self.device)
+
+    def _inserted(self, batch: PromptBatch):
+        """Embeddings, the items' tokens made and written user by user."""
+        table = self.model.backbone.get_input_embeddings().weight
+        tokens = self.engine.prompts.tokens
+        first = len(table)
+        table = torch.cat([table, table[:1]])
+        begins = (batch.rows >= 0) & (batch.rows % tokens == 0)
+        token_ids = batch.token_ids.masked_fill(begins, first).cpu()
+        shown = [items[items >= 0].tolist() for items in batch.shown]
+
+        def encode(vectors):
+            return self.model.encode(vectors).transpose(0, 1)
+
+        return insert_tokens(token_ids, shown, self.model.item_vectors, encode, table, first)
+
+
+class TimedWays(Ways):
+    """The three ways on a CPU, and the clock they use.
+
+    Args:
+        recommender: has written before, so that all it calls is there to be timed.
+    """
+
+    def __init__(self, recommender: Engine, k: int):
+        super().__init__(recommender, k)
+        model = recommender.model
         self.prefix = recommender.reader.prefix
         self.clock = Clock()
         tokenizer, role = model.text_tokenizer, torch.from_numpy(recommender.prompts.fixed[0][0])
@@ -76,13 +125,6 @@ class Ways:
             model.backbone, role[None], model.config.prompt.response_tokens, tokenizer.eos_token_id
         )
         self._time_the_engine()
-
-    def noise(self, rows) -> torch.Tensor:
-        """[steps, B, D] what the engine draws for these users."""
-        ids = torch.tensor([stable_id(self.dataset.user_ids[row]) for row in rows])
-        dim = self.items.shape[1]
-        seed = torch.tensor(self.engine.seed)
-        return torch.stack([philox_normal(seed, ids, dim, step) for step in range(self.steps)])
 
     def _time_the_engine(self) -> None:
         """Let the clock see what the engine calls in each stage."""
@@ -148,10 +190,6 @@ class Ways:
         texts, back = sum(texts, []), np.argsort(order)
         return torch.cat(ids)[back], [texts[i] for i in back], torch.cat(conditions)[back]
 
-    def fast(self, rows, noise):
-        found = self.engine.recommend(rows, self.k)
-        return torch.from_numpy(found.ids), found.texts, None
-
     def _generate(self, batch: PromptBatch, embedded):
         """Conditions and texts, as the release gets them from transformers' `generate`."""
         model, backbone = self.model, self.model.backbone
@@ -184,33 +222,3 @@ class Ways:
             handle.remove()
         backbone.set_attn_implementation("sdpa")
         return model.conditions(states[0], batch), self._texts(output.sequences)
-
-    def _texts(self, written) -> list[str]:
-        texts = self.model.text_tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    def _padded(self, histories) -> PromptBatch:
-        batch = self.engine.prompts.inference_batch(histories)
-        more = PROMPT_TOKENS - batch.token_ids.shape[1]
-        if more < 0:
-            raise SystemExit(f"prompts: expected at most {PROMPT_TOKENS} tokens")
-        fills = {"token_ids": self.engine.prompts.pad, "rows": -1, "attention_mask": 0}
-        for name, value in fills.items():
-            setattr(batch, name, F.pad(getattr(batch, name), (more, 0), value=value))
-        batch.read_column = batch.read_column + more
-        return batch
-
-    def _inserted(self, batch: PromptBatch):
-        """Embeddings, the items' tokens made and written user by user."""
-        table = self.model.backbone.get_input_embeddings().weight
-        tokens = self.engine.prompts.tokens
-        first = len(table)
-        table = torch.cat([table, table[:1]])
-        begins = (batch.rows >= 0) & (batch.rows % tokens == 0)
-        token_ids = batch.token_ids.masked_fill(begins, first)
-        shown = [items[items >= 0].tolist() for items in batch.shown]
-
-        def encode(vectors):
-            return self.model.encode(vectors).transpose(0, 1)
-
-        return insert_tokens(token_ids, shown, self.model.item_vectors, encode, table, first)

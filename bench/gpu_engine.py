@@ -37,9 +37,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from cpu_engine import RELEASED
+from engine_ways import AT_ONCE
 from gpu_timing import ceilings, device_here
 from gpu_watch import busy_share, count_waits, peak_bytes
-from gpu_ways import AT_ONCE, Script, Ways
+from gpu_ways import Script, ScriptedWays
 from reporting import COLUMNS, environment, line, positive, record, store
 from torch_timing import relative_error, synchronize
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -198,7 +199,7 @@ class Run:
                     engine.reader.warm_up(longest)
             if device.type == "cuda":
                 engine.head.record([asked.users])
-        self.ways = Ways(drafted, asked.k, self.script)
+        self.ways = ScriptedWays(drafted, asked.k, self.script)
         self.calls = {
             name: partial(self._engine, engine) for name, engine in self.engines.items()
         } | {"torch": self.ways.torch, "released": self.ways.released}

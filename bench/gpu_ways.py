@@ -18,18 +18,15 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from released import PROMPT_TOKENS, ReleasedDenoiser, insert_tokens, rank, sample, schedule
-from torch_sampler import TorchSampler
+from engine_ways import AT_ONCE, Ways
+from released import rank, sample
 from torch_topk import torch_topk
 from transformers import LogitsProcessor
 
 from contrec_fast.data.prompts import PromptBatch
-from contrec_fast.engine import Engine, reader, stable_id
+from contrec_fast.engine import Engine, reader
 from contrec_fast.engine.decoding import Decoder
-from contrec_fast.ops.noise import philox_normal
 
-AT_ONCE = 10  # users that the release reads at a time
 TORCH_BATCH = 64
 
 
@@ -82,7 +79,7 @@ class Script:
             reader.Decoder = Decoder
 
 
-class Ways:
+class ScriptedWays(Ways):
     """The three ways to the lists of some rows of a recommender's dataset.
 
     Args:
@@ -93,27 +90,8 @@ class Ways:
     """
 
     def __init__(self, recommender: Engine, k: int, script: Script | None = None):
-        self.engine, self.k, self.script = recommender, k, script
-        self.batch, self.options = TORCH_BATCH, {}
-        self.device = recommender.catalog.vectors.device
-        model, self.dataset = recommender.model, recommender.dataset
-        self.model, head = model, model.config.head
-        self.histories = self.dataset.histories
-        denoiser, plan = model.head.denoiser, recommender.head.plan
-        self.steps = head.steps
-        self.folded = TorchSampler.from_plan(denoiser, plan, head.guidance, torch.float32)
-        self.denoiser = ReleasedDenoiser.from_model(denoiser).eval()
-        self.schedule = schedule(head.steps)
-        self.items = F.normalize(model.item_vectors.detach(), dim=1)
-        self.groups = recommender.matcher.groups.to(self.device)
-        self.guidance = head.guidance
-
-    def noise(self, rows) -> torch.Tensor:
-        """[steps, B, D] what the engine draws for these users."""
-        keys, dim = [stable_id(self.dataset.user_ids[row]) for row in rows], self.items.shape[1]
-        ids = torch.tensor(keys, device=self.device)
-        seed = torch.tensor(self.engine.seed)
-        return torch.stack([philox_normal(seed, ids, dim, step) for step in range(self.steps)])
+        super().__init__(recommender, k)
+        self.script, self.batch, self.options = script, TORCH_BATCH, {}
 
     @torch.inference_mode()
     def released(self, rows, noise):
@@ -153,10 +131,6 @@ class Ways:
         texts, back = sum(texts, []), np.argsort(order)
         return torch.cat(ids)[back], [texts[i] for i in back], torch.cat(conditions)[back]
 
-    def fast(self, rows, noise):
-        found = self.engine.recommend(rows, self.k)
-        return torch.from_numpy(found.ids), found.texts, None
-
     def _generate(self, batch: PromptBatch, embedded, attention: str):
         """Conditions and texts, by transformers' `generate`."""
         model, backbone = self.model, self.model.backbone
@@ -184,32 +158,5 @@ class Ways:
             **options,
         )
         backbone.set_attn_implementation("sdpa")
-        texts = model.text_tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
         states = states[0].to(model.item_vectors.dtype)
-        return model.conditions(states, batch), [text.strip() for text in texts]
-
-    def _padded(self, histories) -> PromptBatch:
-        batch = self.engine.prompts.inference_batch(histories)
-        more = PROMPT_TOKENS - batch.token_ids.shape[1]
-        if more < 0:
-            raise SystemExit(f"prompts: expected at most {PROMPT_TOKENS} tokens")
-        fills = {"token_ids": self.engine.prompts.pad, "rows": -1, "attention_mask": 0}
-        for name, value in fills.items():
-            setattr(batch, name, F.pad(getattr(batch, name), (more, 0), value=value))
-        batch.read_column = batch.read_column + more
-        return batch.to(self.device)
-
-    def _inserted(self, batch: PromptBatch):
-        """Embeddings, the items' tokens made and written user by user."""
-        table = self.model.backbone.get_input_embeddings().weight
-        tokens = self.engine.prompts.tokens
-        first = len(table)
-        table = torch.cat([table, table[:1]])
-        begins = (batch.rows >= 0) & (batch.rows % tokens == 0)
-        token_ids = batch.token_ids.masked_fill(begins, first).cpu()
-        shown = [items[items >= 0].tolist() for items in batch.shown]
-
-        def encode(vectors):
-            return self.model.encode(vectors).transpose(0, 1)
-
-        return insert_tokens(token_ids, shown, self.model.item_vectors, encode, table, first)
+        return model.conditions(states, batch), self._texts(output.sequences)
