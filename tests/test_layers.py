@@ -225,6 +225,16 @@ def test_places_beyond_the_cache_are_refused():
             packed(torch.randn(rows, 24), Packing.of(counts, positions, packed.cache))
 
 
+@torch.inference_mode()
+def test_autocast_does_not_reach_the_kernels():
+    packed = PackedModel(lm_of("llama"))
+    packed.cache.reserve(1, 29)
+    x, packing = torch.randn(29, 24), Packing.of(torch.tensor([29]), torch.arange(29), packed.cache)
+    expected = packed(x, packing)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x, packing), expected)
+
+
 def test_what_looks_like_llama_but_is_not_is_left_alone():
     model = lm_of("llama")
     forward = model.model.layers[1].forward
@@ -237,6 +247,7 @@ def test_what_looks_like_llama_but_is_not_is_left_alone():
     "change, reason",
     [
         (lambda model: model.bfloat16(), "bfloat16"),
+        (lambda model: model.model.layers[2].input_layernorm.bfloat16(), "bfloat16"),
         (lambda model: setattr(model.model.layers[2].mlp, "act_fn", torch.nn.Tanh()), "Llama"),
     ],
 )

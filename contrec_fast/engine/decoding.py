@@ -136,7 +136,8 @@ def greedy(hidden: Tensor, weight: Tensor) -> Tensor:
     of columns that holds the maximum. With the C++ extension, logits stay in registers.
     """
     vocabulary = len(weight)
-    if native.serves(hidden) and hidden.dtype == torch.float32 and weight.shape[1] <= NARROW:
+    plain = hidden.dtype == weight.dtype == torch.float32
+    if native.serves(hidden) and plain and weight.shape[1] <= NARROW:
         return choose_tokens(hidden.contiguous(), weight.contiguous())
     groups = -(-vocabulary // GROUP)
     logits = hidden.new_empty(min(ROWS, len(hidden)), groups * GROUP)

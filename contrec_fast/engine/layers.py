@@ -31,11 +31,11 @@ class Layers:
     @classmethod
     def of(cls, base) -> "Layers | str":
         """The layers of a transformers model without its head, or in a few words why not."""
-        table = base.get_input_embeddings().weight
         if native.why_missing():
             return "the C++ extension is not there"
-        if not native.serves(table) or table.dtype != torch.float32:
-            return f"{table.dtype} on {table.device.type}, not float32 on cpu"
+        for weight in base.parameters():
+            if not native.serves(weight) or weight.dtype != torch.float32:
+                return f"{weight.dtype} on {weight.device.type}, not float32 on cpu"
         stack, other = getattr(base, "layers", None), "layers of another kind than Llama's"
         if not isinstance(stack, nn.ModuleList):
             return other
@@ -47,6 +47,7 @@ class Layers:
             return other
         return cls(base, stack)
 
+    @torch.autocast("cpu", enabled=False)  # the kernels take what they get for float32
     def __call__(self, embedded: Tensor, cache, packing, keep: Tensor | None, kept) -> Tensor:
         """Last hidden states [T, H] of embedded tokens [T, H], or [T', H] of those to keep.
 
