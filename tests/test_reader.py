@@ -56,6 +56,18 @@ def same(reader, histories):
     return texts
 
 
+def test_after_memory_ran_out_prompts_are_read_as_before(monkeypatch):
+    model, histories = random_model(backbone_of("gpt2")), [random_history(n) for n in (1, 5)]
+    reader = Reader(model, prompts_of(model))
+    same(reader, histories)
+    monkeypatch.setattr(reader.packed.cache.layers[-1], "lazy_initialization", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reader.read([random_history(20)])
+    monkeypatch.undo()
+    same(reader, histories)
+    same(reader, [random_history(20)])
+
+
 @pytest.mark.parametrize(
     "kind, overrides",
     [("tiny", overrides) for overrides in VARIANTS]

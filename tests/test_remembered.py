@@ -140,6 +140,17 @@ def test_users_are_told_apart_by_their_ids():
     assert check(reader, [history], [1])["hits"] == 1
 
 
+def test_what_could_not_be_copied_is_not_known(monkeypatch):
+    reader, history = remembering(), random_history(5)
+    check(reader, [history[:2]], [1])
+    with monkeypatch.context() as short:
+        short.setattr(reader.remembered, "_copy", lambda *args, save: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reader.read([history], [2])
+    assert check(reader, [history], [1])["hits"] == 1
+    assert check(reader, [history], [2])["hits"] == 0
+
+
 def test_the_users_seen_longest_ago_are_forgotten():
     histories = [random_history(4) for _ in range(4)]
     prompts = prompts_of(random_model(HISTORY))

@@ -59,7 +59,8 @@ class FixedPasses:
         return run()[:count]
 
     def _where(self) -> tuple:
-        return tuple(layer.keys.data_ptr() for layer in self.packed.cache.layers)
+        cache = self.packed.cache  # which may get memory that it had before, in another shape
+        return cache.rows, cache.places, *(layer.keys.data_ptr() for layer in cache.layers)
 
     def _make(self, batch: int) -> tuple:
         cache, device = self.packed.cache, self.packed.cache.device

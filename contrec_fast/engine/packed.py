@@ -197,9 +197,13 @@ class RowCache(Cache):
         if rows <= self.rows and places <= self.places:
             return
         self.rows, self.places = max(rows, self.rows), max(places, self.places)
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.lazy_initialization(layer.keys[:1], layer.values[:1])
+        try:
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.lazy_initialization(layer.keys[:1], layer.values[:1])
+        except BaseException:  # out of memory: some layers are of the new size, some are not
+            self.rows = self.places = 0
+            raise
         self._spread()
 
     def _spread(self) -> None:

@@ -106,7 +106,7 @@ class Remembered:
 
     def save(self, known: Sequence[Known | None], counts: np.ndarray, row: int, first: int):
         """Remember the first counts [B] tokens of users, which rows row, row + 1, ... hold."""
-        begins, pooled = counts.copy(), []
+        begins, pooled, saved = counts.copy(), [], []
         for line, user in enumerate(known):
             if user is None or counts[line] <= len(user.places):
                 continue
@@ -114,11 +114,18 @@ class Remembered:
             if new is None:  # what is remembered already is of this call, too
                 continue
             begins[line] = len(user.places)
+            pooled.append(new)
+            saved.append(user)
+        try:
+            if pooled:
+                self._copy(np.concatenate(pooled), counts - begins, begins, row, first, save=True)
+        except BaseException:  # out of memory: what was not copied is not known
+            for new in pooled:
+                self._give(new)
+            raise
+        for user, new in zip(saved, pooled):
             user.places = np.concatenate([user.places, new])
             user.history = user.window.history.copy()
-            pooled.append(new)
-        if pooled:
-            self._copy(np.concatenate(pooled), counts - begins, begins, row, first, save=True)
 
     def _copy(self, pooled, counts, begins, row: int, first: int, save: bool) -> None:
         rows = torch.from_numpy(np.repeat(np.arange(row, row + len(counts)), counts))
@@ -158,9 +165,11 @@ class Remembered:
     def _forget(self, user: Hashable) -> None:
         known = self._users.pop(user, None)
         if known is not None:
-            count = len(known.places)
-            self._free[self._left : self._left + count] = known.places
-            self._left += count
+            self._give(known.places)
+
+    def _give(self, places: np.ndarray) -> None:
+        self._free[self._left : self._left + len(places)] = places
+        self._left += len(places)
 
 
 def _each_head(heads: int, places: Tensor, size: int) -> Tensor:
