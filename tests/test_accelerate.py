@@ -116,6 +116,15 @@ def test_changed_weights_are_noticed():
     pd.testing.assert_frame_equal(fast.recommend(k=3), after)
 
 
+def test_a_copy_is_a_model_of_its_own():
+    fast = accelerate(random_model())
+    expected, other = fast.recommend(k=3), copy.deepcopy(fast)
+    with torch.no_grad():
+        other.item_vectors.neg_()
+    assert (other.recommend(k=3).item_id != expected.item_id).any()
+    pd.testing.assert_frame_equal(fast.recommend(k=3), expected, rtol=1e-4)
+
+
 def test_items_added_are_served_and_the_model_keeps_its_own():
     model, new = copy.deepcopy(random_model()), pd.DataFrame({"item_id": ["x"], "title": ["mug"]})
     fast, other = accelerate(model), copy.deepcopy(model)

@@ -76,6 +76,9 @@ class AcceleratedContRec(ContRec):
         self.eval()
         self.recommender  # noqa: B018 (mistakes show now)
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_recommender": None}  # a copy makes its own
+
     @property
     def recommender(self) -> Recommender:
         made_of = [self.dataset, *_versions(self)]
