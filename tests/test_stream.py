@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -60,6 +61,18 @@ def test_batches_prepared_ahead_give_the_same_lists(recommender, monkeypatch):
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
     assert found.texts == expected.texts
+
+
+def test_threads_that_share_a_recommender_get_their_own_lists():
+    recommender = Recommender(random_model("prompt.response_tokens=20"))
+    users = np.array(recommender.model.dataset.user_ids)
+    whole = recommender.recommend(k=3).set_index("user_id")
+    some = [list(users[np.random.permutation(USERS)[:5]]) for _ in range(40)]
+    with ThreadPoolExecutor(4) as threads:
+        tables = list(threads.map(lambda part: recommender.recommend(part, k=3), some))
+    for part, table in zip(some, tables):
+        expected = whole.loc[part].reset_index()
+        pd.testing.assert_frame_equal(table, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, CHUNK, USERS, 100])

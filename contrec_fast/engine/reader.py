@@ -1,6 +1,8 @@
 """The language model's part of inference: histories to conditions and texts."""
 
 import copy
+import functools
+import threading
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 
@@ -28,6 +30,17 @@ EXAMPLES = 5000  # responses that drafts are made of at first
 BUDGET = {"cpu": 4096, "cuda": 32768}  # tokens in one pass over prompts
 
 
+def _one_at_a_time(method):
+    """Let threads that share a reader, and with it the cache, take turns."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class Reader:
     """Reads histories and writes responses: what `ContRec.read` and `.write` do, but faster.
 
@@ -38,7 +51,7 @@ class Reader:
     one with a sliding window, or whose attention does not go through transformers' interface) is
     read by ContRec's own methods.
 
-    The model must not change as long as the reader is used.
+    The model must not change as long as the reader is used. Threads that share a reader take turns.
 
     With `remembered`, of a user who comes back with a history that continues the one read before,
     only what is new is read. For that, the window onto a history grows to twice
@@ -82,6 +95,7 @@ class Reader:
         if dtype not in (None, backbone.dtype):
             backbone = copy.deepcopy(backbone).to(torch.bfloat16 if dtype == "fp8" else dtype)
         self.model, self.prompts, self.learns = model, prompts, learns
+        self._turn = threading.RLock()
         self.packed, self.constrained = PackedModel(backbone), constrained
         if dtype == "fp8":  # only now: rounding this coarse hides whether a model can be packed
             quantize_layers(backbone)
@@ -115,6 +129,7 @@ class Reader:
         self.packed(self.text_table[token_ids.to(cache.device)], packing)
         cache.keep_prefix(self.prefix)
 
+    @_one_at_a_time
     @torch.inference_mode()
     def warm_up(self, histories: Sequence[np.ndarray]) -> None:
         """Write for users like those to come, then capture CUDA graphs (`engine.fixed`).
@@ -126,6 +141,7 @@ class Reader:
         if self._decoder is not None:
             self._decoder.fixed.prepare()
 
+    @_one_at_a_time
     def forget(self) -> None:
         """Let what is read from now on not depend, by its rounding, on what was read before."""
         if self._decoder is not None:
@@ -133,6 +149,7 @@ class Reader:
         if self.remembered is not None:
             self.remembered.clear()
 
+    @_one_at_a_time
     @torch.inference_mode()
     def read(
         self, histories: Sequence[np.ndarray], users: Sequence[Hashable] | None = None
@@ -155,6 +172,7 @@ class Reader:
         states = self._prefill(packed, packed.reads[:, None], lambda hidden: hidden[:, 0])
         return self._back(self._conditions(torch.cat(states), packed), order)
 
+    @_one_at_a_time
     @torch.inference_mode()
     def write(
         self, histories: Sequence[np.ndarray], users: Sequence[Hashable] | None = None
