@@ -105,7 +105,7 @@ class Engine:
         """Lists for some users of the dataset, items of their history left out.
 
         Args:
-            rows: user rows. k: length of the lists. advance: called after each batch.
+            rows: user rows. k: length of the lists. advance: called after each `batch_size` users.
 
         Raises:
             ValueError: no rows, a row that no user has, or k not in 1..N, in one line.
@@ -116,12 +116,13 @@ class Engine:
         k = int(k)
         order = np.argsort([len(self.dataset.histories[row]) for row in rows], kind="stable")
         parts = []
-        batch_size = 1 if self.deterministic else batch_size
-        batches = np.split(rows[order], range(batch_size, len(rows), batch_size))
+        size = 1 if self.deterministic else batch_size
+        batches = np.split(rows[order], range(size, len(rows), size))
         several = len(batches) > 1 and self.model.item_vectors.device.type in BUSY_ELSEWHERE
         for batch in (ahead if several else map)(self._prepare, batches):
             parts.append(self._batch(*batch, k))
-            if advance:
+            done = size * len(parts)
+            if advance and (done % batch_size == 0 or done >= len(rows)):
                 advance()
         back, (*columns, texts) = np.argsort(order), zip(*parts)
         # Only here is a GPU waited for.
