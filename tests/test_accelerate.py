@@ -80,12 +80,16 @@ def test_reading_and_writing_batches():
 
 def test_histories_of_batches():
     model, histories = trained_model(), small_shop().histories
-    found = histories_of(prompts_of(model).inference_batch(histories))
+    prompts, most = prompts_of(model), model.config.prompt.history
+    found = histories_of(prompts.inference_batch(histories), most)
     assert len(found) == len(histories)
     for a, b in zip(found, histories):
         np.testing.assert_array_equal(a, b)
-    windows = [Window(history, 0) for history in histories if len(history) > 2]
-    assert histories_of(prompts_of(model).training_batch(windows)) is None
+    windows = [Window(history, len(history) - 1) for history in histories]
+    assert histories_of(prompts.inference_batch(histories, windows), most) is None
+    for start in (0, -2):  # of a training window, the last item is the answer
+        windows = [Window(h, start % len(h)) for h in histories if len(h) > 2]
+        assert histories_of(prompts.training_batch(windows), most) is None
 
 
 def test_the_interface_and_the_weights_are_the_models():
@@ -170,6 +174,14 @@ def test_deterministic_lists_are_bitwise_the_same_in_any_company(overrides):
         found = recommender.recommend(list(some), k=5)
         expected = pd.concat([whole[whole.user_id == user] for user in some], ignore_index=True)
         pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("size", [1, 7, 10, 100])
+def test_progress_is_told_in_whole_batches(deterministic, size):
+    engine, told = Recommender(trained_model(), deterministic=deterministic).engine, []
+    engine.recommend(range(USERS), 1, size, lambda: told.append(size))
+    assert len(told) == -(-USERS // size)
 
 
 def test_users_who_come_back_are_remembered():

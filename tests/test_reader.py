@@ -198,7 +198,8 @@ def test_a_folders_settings_of_generation_are_left_out(tmp_path, settings, file)
     path = tmp_path / "model" / "backbone" / file
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     loaded = ContRec.from_pretrained(tmp_path / "model")
-    assert same(Reader(loaded, prompts_of(loaded)), histories_of(batch)) == texts
+    histories = histories_of(batch, model.config.prompt.history)
+    assert same(Reader(loaded, prompts_of(loaded)), histories) == texts
     settings.pop("do_sample", None)  # which `write` says itself
     loaded.backbone.generation_config = GenerationConfig(**settings)
     assert (loaded.write(batch)[1] != texts) == ("temperature" not in settings)

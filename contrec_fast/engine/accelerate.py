@@ -96,14 +96,14 @@ class AcceleratedContRec(ContRec):
 
     @torch.inference_mode()
     def read(self, batch: PromptBatch) -> Tensor:
-        histories = histories_of(batch)
+        histories = histories_of(batch, self.config.prompt.history)
         if histories is None:
             return super().read(batch)
         return self.recommender.engine.reader.read(histories)
 
     @torch.inference_mode()
     def write(self, batch: PromptBatch) -> tuple[Tensor, list[str]]:
-        histories = histories_of(batch)
+        histories = histories_of(batch, self.config.prompt.history)
         if histories is None:
             return super().write(batch)
         return self.recommender.engine.reader.write(histories)
@@ -159,13 +159,20 @@ def _served(operation: str, on_gpu: bool) -> Part:
     return Part(f"ops.{operation}", name, why)
 
 
-def histories_of(batch: PromptBatch) -> list[np.ndarray] | None:
-    """The histories that `Prompts.inference_batch` made a batch of; None for another batch."""
+def histories_of(batch: PromptBatch, most: int) -> list[np.ndarray] | None:
+    """The histories that `Prompts.inference_batch` made a batch of; None for another batch.
+
+    Args:
+        most: how many items the engine shows of each.
+    """
     shown, older = batch.shown.cpu().numpy(), batch.older.cpu().numpy()
     counts = (shown >= 0).sum(1)
-    if not np.array_equal(batch.read_item.cpu().numpy(), counts - 1):
-        return None  # conditions are read elsewhere, too
+    answered = (batch.next_items >= 0).any()
+    if answered or not np.array_equal(batch.read_item.cpu().numpy(), counts - 1):
+        return None  # prompts of training, whose conditions are read elsewhere, too
     before = np.split(older, batch.older_offsets.cpu().numpy()[1:])
+    if any(n != min(len(old) + n, most) for old, n in zip(before, counts)):
+        return None  # other windows
     return [np.append(old, new[:n]) for old, new, n in zip(before, shown, counts)]
 
 
