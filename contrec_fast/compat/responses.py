@@ -104,7 +104,9 @@ class Responder:
         bounds = [0, *(np.flatnonzero(np.diff(passes)) + 1), len(prompts)]
         best = [self._first(prompts[a:b], tokens, a) for a, b in pairwise(bounds)]
         places = torch.from_numpy(start + counts).to(self.table.device)
-        return self.decoder.write(places[:0], torch.cat(best)[:, None], places)
+        written = self.decoder.write(places[:0], torch.cat(best)[:, None], places)
+        self.decoder.drafts.learn(written)
+        return written
 
     def _first(self, prompts: list[np.ndarray], tokens: Tensor, row: int) -> Tensor:
         """Read prompts into the cache's rows from `row` on; [b] the first token of responses."""
