@@ -187,6 +187,17 @@ def test_a_users_list_depends_on_nobody_else(folder):
         assert torch.equal(found.ids, together.ids[rows])
 
 
+def test_what_was_written_is_drafted(folder):
+    model, asked = made_up(folder), question(users=6)
+    predictor, passes = loaded(model, folder).predictor(model.item_embeds, model.user_embeds), []
+    counters = predictor.responder.decoder.counters
+    for _ in range(3):
+        before = counters["passes"]
+        texts = predictor.predict(*asked).texts
+        passes.append(counters["passes"] - before)
+    assert passes[0] > passes[2] and texts == released_way(model, *asked)[0].texts
+
+
 def test_quirks_have_flags(folder):
     model = made_up(folder)
     with_noise, without = loaded(model, folder), loaded(model, folder, constant_noise=False)
@@ -312,11 +323,13 @@ def test_bad_arguments_are_refused_in_one_line(folder):
         "histories": (prompts, histories[1:], users),
         "users": (prompts, histories, [0, 1, USERS]),
         "users, user_vectors": (prompts, histories),
-        "k": (prompts, histories, users, ITEMS + 1),
-        "seen": (prompts, histories, users, 3, [[ITEMS], [], []]),
+        "excluded": (prompts, histories, users, 3, [[ITEMS], [], []]),
     }.items():
         with refused(ValueError, name):
             predictor.predict(*arguments)
+    for k, kind in ((ITEMS + 1, ValueError), (0, ValueError), (-3, ValueError), (2.5, TypeError)):
+        with refused(kind, "k"):
+            predictor.predict(prompts, histories, users, k)
     with refused(ValueError, "histories"):
         predictor.predict(prompts, [[-1] * len(own) for own in histories], users)
     with refused(ValueError, "prompts"):

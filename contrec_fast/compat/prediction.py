@@ -1,6 +1,7 @@
 """From prompts to top-K lists, the released way, with the fast operations."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -104,9 +105,20 @@ class Predictor:
             in one line.
         """
         excluded = histories if excluded is None else excluded
+        if not isinstance(k, Integral):
+            raise TypeError(f"k: expected a whole number, got {k!r}")
+        if not 1 <= k <= len(self.tokens):  # before the language model has read anything
+            raise ValueError(f"k: expected 1 to the catalog's {len(self.tokens)} items, got {k}")
         for name, lists in {"histories": histories, "users": users, "excluded": excluded}.items():
             if lists is not None and len(lists) != len(prompts):
                 raise ValueError(f"{name}: expected {len(prompts)}, one a prompt, got {len(lists)}")
+        for name, lists in {"histories": histories, "excluded": excluded}.items():
+            shown = np.concatenate([*lists, []])
+            if len(shown) and not 0 <= shown.min() <= shown.max() < len(self.tokens):
+                raise ValueError(
+                    f"{name}: expected items 0 to {len(self.tokens) - 1}, "
+                    f"got {shown.min():g} to {shown.max():g}"
+                )
         weight = self.model.denoiser.null_condition
         if not len(prompts):
             none = weight.new_empty(0, k), weight.new_empty(0, len(weight))
@@ -129,11 +141,6 @@ class Predictor:
         """Prompts as `Responder.write` takes them, and the table of the tokens they show."""
         ways = self.tokens.shape[1]
         shown, places = np.unique(np.concatenate([*histories, []]).astype(int), return_inverse=True)
-        if len(shown) and not 0 <= shown[0] <= shown[-1] < len(self.tokens):
-            raise ValueError(
-                f"histories: expected items 0 to {len(self.tokens) - 1}, "
-                f"got {shown[0]} to {shown[-1]}"
-            )
         places = np.split(places, np.cumsum([len(items) for items in histories])[:-1])
         pieces, owners = [], []  # owners: users whose tokens are shown
         encoded = self.model.text_tokenizer(list(prompts)).input_ids

@@ -70,7 +70,8 @@ class Ranking:
             scores, ids = ops.cosine_topk(queries, self.catalog, most, **options)
             scores, ids = _best(self._exact(vectors, ids).masked_fill(ids < 0, -torch.inf), ids, k)
         if zero_excluded and self.measure != "mse":
-            padded = [F.pad(torch.tensor(sorted(set(own))), (0, k), value=-1) for own in excluded]
+            items = [torch.tensor(sorted(set(own)), dtype=torch.int64) for own in excluded]
+            padded = [F.pad(own, (0, k), value=-1) for own in items]
             more = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=-1)
             more = more.to(ids)
             zeros = torch.zeros_like(more, dtype=scores.dtype).masked_fill(more < 0, -torch.inf)
