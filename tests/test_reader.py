@@ -3,6 +3,7 @@
 import copy
 import json
 import operator
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -54,6 +55,28 @@ def same(reader, histories):
     if model.config.head.source == "hidden":
         torch.testing.assert_close(reader.read(histories), model.read(batch), rtol=1e-4, atol=1e-5)
     return texts
+
+
+def test_readers_that_share_a_language_model_leave_it_as_it_is(monkeypatch):
+    model, history = random_model(backbone_of("gpt2")), random_history(5)
+    readers, base = [Reader(model, prompts_of(model)) for _ in range(2)], model.backbone.base_model
+    honest, inside, over = base.forward, threading.Event(), threading.Event()
+
+    def forward(*args, **kwargs):
+        if threading.current_thread() is second:
+            inside.set()
+            over.wait(5)
+        elif not second.ident:
+            second.start()
+            inside.wait(0.5)
+        return honest(*args, **kwargs)
+
+    second = threading.Thread(target=lambda: readers[1].read([history]))
+    monkeypatch.setattr(base, "forward", forward)
+    readers[0].read([history])
+    over.set()
+    second.join()
+    assert model.backbone.config._attn_implementation == "sdpa"
 
 
 def test_after_memory_ran_out_prompts_are_read_as_before(monkeypatch):

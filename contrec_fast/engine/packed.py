@@ -5,6 +5,7 @@ of another kind. With both, T tokens of B sequences go through a model as one se
 linear layer sees padding. Only the attention puts the queries side by side, [B, W].
 """
 
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from contrec_fast.native_layers import layer_instruction_sets
 from contrec_fast.ops.transfer import upload
 
 NAME = "contrec_packed"  # of the attention function, as transformers knows it
+CHANGING = threading.RLock()  # while a language model, which others may share, is changed
 # Sequences in one attention: neighbours have similar lengths, so few places are padding.
 BLOCK = {"cpu": 16, "cuda": 64}
 
@@ -318,7 +320,8 @@ class PackedModel:
             return self.layers(embedded, self.cache, packing, keep, kept)
         self.cache.packing = packing
         narrowed = keep is not None and self.narrows
-        with self._attention(), self._narrowing(packing, keep, kept) if narrowed else _nothing():
+        narrowing = self._narrowing(packing, keep, kept) if narrowed else _nothing()
+        with CHANGING, self._attention(), narrowing:
             hidden = self.base(
                 inputs_embeds=embedded[None], position_ids=packing.positions[None],
                 past_key_values=self.cache, use_cache=True, packing=packing,
