@@ -258,6 +258,7 @@ def test_graphs_serve_the_same_lists(overrides):
         (trained_model, {"dtype": "float32"}, TypeError, "dtype"),
         (trained_model, {"index": "tree"}, ValueError, "kind"),
         (trained_model, {"remembered": 1}, ValueError, "remembered"),
+        (trained_model, {"constrained": True, "text": False}, ValueError, "constrained"),
         (trained_model, {"remembered": 2**24, "deterministic": True}, ValueError, "remembered"),
     ],
 )

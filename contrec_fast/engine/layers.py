@@ -63,6 +63,9 @@ class Layers:
             raise IndexError(f"packing: expected at most {cache.rows} x {cache.places}, got {got}")
         turns = self.rotary(x[None], torch.arange(reach)[None])
         turns = [part[0].contiguous() for part in turns]
+        width, turned = self.stack[0].self_attn.head_dim, turns[0].shape[1]
+        if turned != width:
+            raise ValueError(f"rotary: expected all {width} of a head's places, got {turned}")
         for layer, held in zip(self.stack, cache.layers):
             attention = layer.self_attn
             normed = _norm(x, added, layer.input_layernorm)
@@ -116,7 +119,10 @@ def _suits(layer) -> bool:
     attention, feed_forward = (
         dict(children[name].named_children()) for name in ("self_attn", "mlp")
     )
-    norms = attention.keys() - ATTENTION
+    norms, width = attention.keys() - ATTENTION, getattr(children["self_attn"], "head_dim", 0)
+    wide = [getattr(attention.get(f"{name}_proj"), "out_features", 1) for name in ("k", "v", "q")]
+    if not width or wide[0] != wide[1] or wide[0] % width or wide[2] % wide[0]:
+        return False
     return (
         norms in (set(), {"q_norm", "k_norm"})
         and feed_forward.keys() == FEED_FORWARD
@@ -125,7 +131,7 @@ def _suits(layer) -> bool:
         and all(type(feed_forward[name]) is nn.Linear for name in FEED_FORWARD - {"act_fn"})
         and all(_is_norm(children[name]) for name in NORMS)
         and all(_is_norm(attention[name]) for name in norms)
-        and all(len(attention[name].weight) == children["self_attn"].head_dim for name in norms)
+        and all(len(attention[name].weight) == width for name in norms)
     )
 
 

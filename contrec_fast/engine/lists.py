@@ -54,7 +54,8 @@ class Engine:
 
     Raises:
         ValueError: `remembered` is less than a token takes or given with `deterministic`,
-        `constrained` is wanted of a language model that cannot be packed, or an unknown index.
+        `constrained` is wanted without text or of a language model that cannot be packed, or an
+        unknown index.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Engine:
         self.prompts = Prompts(
             dataset.items, model.text_tokenizer, config.tokenizer.tokens, config.prompt
         )
+        if constrained and not self.text:
+            raise ValueError("constrained: expected texts to be written, got a model without any")
         self.deterministic = deterministic
         self.reader = Reader(model, self.prompts, dtype, not deterministic, remembered, constrained)
         self.matcher = CategoryMatcher(dataset.items.categories)
@@ -91,6 +94,7 @@ class Engine:
             "seed": seed, "text": self.text, "dtype": str(dtype or model.backbone.dtype),
             "deterministic": deterministic, "grows": remembered is not None,
             "constrained": constrained, "index": index,
+            "device": model.item_vectors.device.type, "torch": torch.__version__,
         }  # fmt: skip
 
     def over(self, dataset: Dataset) -> "Engine":

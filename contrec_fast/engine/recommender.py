@@ -168,7 +168,8 @@ class Recommender:
         Finished chunks wait in the folder `.NAME.parts` beside the file, which appears whole.
         Chunks of another job (other weights, users, histories or arguments) are thrown away, so
         that one of two jobs at a time for one file fails. An interrupted job ends with the same
-        bytes as one that was not: for that, `remembered` users are forgotten.
+        bytes as one that was not, on the same machine with as many threads: for that, `remembered`
+        users are forgotten.
 
         Args:
             path: of the file, which is replaced if it exists. The rest: see `recommend_iter`.
