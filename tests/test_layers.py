@@ -216,6 +216,18 @@ def test_layers_are_those_of_the_model(kind):
     torch.testing.assert_close(found, expected[behind[1::2]], rtol=1e-4, atol=1e-4)
 
 
+def test_layers_of_other_widths_are_refused():
+    model = lm_of("llama")
+    packed = PackedModel(model)
+    packed.cache.reserve(1, 3)
+    turn = packed.layers.rotary
+    packed.layers.rotary = lambda *positions: [part[..., :4] for part in turn(*positions)]
+    with refused(ValueError, "rotary"):
+        packed(torch.randn(3, 24), Packing.of(torch.tensor([3]), torch.arange(3), packed.cache))
+    model.model.layers[1].self_attn.v_proj = torch.nn.Linear(24, 8)
+    assert isinstance(Layers.of(model.base_model), str)
+
+
 def test_places_beyond_the_cache_are_refused():
     packed = PackedModel(lm_of("llama"))
     packed.cache.reserve(3, 6)
