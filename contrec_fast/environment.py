@@ -18,6 +18,22 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """A CPU or GPU that is there.
+
+    Raises:
+        ValueError: anything else, in one line.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected cpu or cuda, got {device!r}") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type not in ("cpu", "cuda") or found.type == "cuda" and (found.index or 0) >= count:
+        raise ValueError(f"device: expected cpu or one of {count} GPUs, got {device!r}")
+    return found
+
+
 def describe_environment() -> dict[str, str]:
     """Versions, devices, and backends with the reason where one is absent, as lines of text."""
     lines = {

@@ -23,14 +23,7 @@ class Part(NamedTuple):
     why: str
 
 
-def accelerate(
-    model: ContRec,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    deterministic: bool = False,
-    report: bool = False,
-) -> "AcceleratedContRec":
+def accelerate(model: ContRec, *, report: bool = False, **options) -> "AcceleratedContRec":
     """The same model, weights shared, whose `read`, `write` and `recommend` are the engine's.
 
     In float32 results are the reference's up to rounding: with the same seed, the same top-K ids
@@ -39,13 +32,13 @@ def accelerate(
     have changed since.
 
     Args:
-        model: a trained model. device, dtype, deterministic: see `Recommender`. report: print
-            what was replaced, what was not and why; it is also in the result's `report`.
+        model: a trained model. report: print what was replaced, what was not and why; it is also
+            in the result's `report`. options: those of `Recommender` (device, dtype, ...).
 
     Raises:
         TypeError, ValueError: as `Recommender`.
     """
-    accelerated = AcceleratedContRec(model, device, dtype, deterministic)
+    accelerated = AcceleratedContRec(model, options)
     if report:
         table = Table("part", "served by", "why", box=None)
         for part in accelerated.report:
@@ -61,7 +54,7 @@ class AcceleratedContRec(ContRec):
         recommender: what serves, made again when weights have changed. report: list of `Part`.
     """
 
-    def __init__(self, model: ContRec, device, dtype, deterministic):
+    def __init__(self, model: ContRec, options: dict):
         nn.Module.__init__(self)
         if not isinstance(model, ContRec):
             raise TypeError(f"model: expected a ContRec, got {type(model).__name__}")
@@ -69,10 +62,7 @@ class AcceleratedContRec(ContRec):
         # not added to the model.
         own = {name: dict(value) for name, value in vars(model).items() if type(value) is dict}
         vars(self).update(vars(model) | own)
-        self._options = {"dtype": dtype, "deterministic": deterministic}
-        self._recommender, self._made_of = None, None
-        if device is not None:
-            self.to(device)
+        self._options, self._recommender = options, None
         self.eval()
         self.recommender  # noqa: B018 (mistakes show now)
 
@@ -81,12 +71,10 @@ class AcceleratedContRec(ContRec):
 
     @property
     def recommender(self) -> Recommender:
-        made_of = [self.dataset, *_versions(self)]
-        if self._recommender is None or made_of != self._made_of:
+        if self._recommender is None or not self._recommender.fresh:
             self._recommender = Recommender(self, **self._options)
             if self.item_vectors.is_cuda and self.dataset.user_ids:
                 self._recommender.warm_up()
-            self._made_of = made_of
         return self._recommender
 
     def train(self, mode: bool = True) -> "AcceleratedContRec":
@@ -174,11 +162,3 @@ def histories_of(batch: PromptBatch, most: int) -> list[np.ndarray] | None:
     if any(n != min(len(old) + n, most) for old, n in zip(before, counts)):
         return None  # other windows
     return [np.append(old, new[:n]) for old, new, n in zip(before, shown, counts)]
-
-
-def _versions(model: nn.Module) -> list:
-    """Which tensors these are, and how often they were written to."""
-    return [
-        (id(tensor), 0 if tensor.is_inference() else tensor._version)
-        for tensor in (*model.parameters(), *model.buffers())
-    ]

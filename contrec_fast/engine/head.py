@@ -13,6 +13,7 @@ from contrec_fast import ops
 from contrec_fast.data import Dataset, load_dataset
 from contrec_fast.data.prompts import CategoryMatcher
 from contrec_fast.engine.index import CandidateIndex
+from contrec_fast.environment import usable_device
 from contrec_fast.models.latent import LatentPath, load_latent_path
 from contrec_fast.ops.checks import FLOATS, check
 
@@ -98,7 +99,7 @@ class Head:
             line.
         """
         folder = Path(folder)
-        latent = load_latent_path(folder).to(device)
+        latent = load_latent_path(folder).to(usable_device(device))
         if not (folder / "data").exists():
             return cls(latent, ops.Catalog(latent.item_vectors.detach()), seed=seed, index=index)
         return cls.of(latent, load_dataset(folder / "data").complete(), seed, index)

@@ -166,7 +166,7 @@ class Reader:
         windows = self.windows(histories)
         if not self.packed.suits:
             batch = self.prompts.inference_batch(histories, windows)
-            return self.model.read(batch.to(self.text_table.device))
+            return ContRec.read(self.model, batch.to(self.text_table.device))
         known, order, _ = self._known(windows, users)
         packed = self.packer.pack([windows[i] for i in order], [known[i] for i in order], None)
         states = self._prefill(packed, packed.reads[:, None], lambda hidden: hidden[:, 0])
@@ -188,7 +188,7 @@ class Reader:
         windows = self.windows(histories)
         if not self.packed.suits:
             batch = self.prompts.inference_batch(histories, windows)
-            return self.model.write(batch.to(self.text_table.device))
+            return ContRec.write(self.model, batch.to(self.text_table.device))
         known, order, longest = self._known(windows, users)
         room = self.model.config.prompt.response_tokens
         # What is there already counts: it is not allocated anew, which would cost the graphs.

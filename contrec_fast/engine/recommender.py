@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from contrec_fast.data.interactions import Dataset
+from contrec_fast.engine.index import KINDS
 from contrec_fast.engine.lists import BATCH, Engine, table_of
 from contrec_fast.engine.served import Histories, served_dataset
 from contrec_fast.engine.stream import CHUNK, chunks_of, write_chunks
+from contrec_fast.environment import usable_device
 from contrec_fast.models.contrec import ContRec
 from contrec_fast.progress import Silent
 
@@ -19,7 +22,7 @@ from contrec_fast.progress import Silent
 class Recommender:
     """Top-K lists of known users or of new histories, with everything held ready between calls.
 
-    The model must not change as long as this is used (`accelerate` notices when it does).
+    The model must not change as long as this is used; `accelerate` makes another one when it does.
 
     Args:
         model: a trained model with a dataset, or its folder.
@@ -30,7 +33,8 @@ class Recommender:
         deterministic: a list's bits then depend on nothing but model, seed, user id and history
             (on the same machine with as many threads): each user is read and written alone, and
             drafts are not learned from others. Without it others change the rounding of the
-            language model. Several times slower where many small prompts are read.
+            language model. Far slower where the language model and prompts are small (25 times,
+            for the default model).
         text: off leaves out the written text and its bonus (the latent path alone): faster.
         seed: key of the sampler's noise.
         remembered: bytes for what was read of users, so that of one who comes back only the new
@@ -41,9 +45,9 @@ class Recommender:
             (`CandidateIndex`); the search is exact by default.
 
     Raises:
-        ValueError: a folder that holds no model, a model without a dataset, an unknown index, or
-            options that do not go together, in one line.
-        TypeError: `model` is neither, or `dtype` neither a float dtype nor "fp8".
+        ValueError: a folder that holds no model, a model without a dataset, an unknown index or
+            device, or options that do not go together, in one line.
+        TypeError: `model` is neither, `dtype` neither a float dtype nor "fp8", or `seed` no int64.
         ImportError: an index is wanted and faiss is not installed.
     """
 
@@ -60,6 +64,11 @@ class Recommender:
         constrained: bool = False,
         index: str | None = None,
     ):
+        if index not in (None, *KINDS):
+            raise ValueError(f"index: expected None, {', '.join(KINDS)}, got {index!r}")
+        if type(seed) is not int or not -(2**63) <= seed < 2**63:
+            raise TypeError(f"seed: expected a whole number of 64 bits, got {seed!r}")
+        device = None if device is None else usable_device(device)
         if isinstance(model, (str, Path)):
             model = ContRec.from_pretrained(model)
         if not isinstance(model, ContRec):
@@ -73,6 +82,21 @@ class Recommender:
         self.engine = Engine(
             model, model.dataset, seed, text, dtype, deterministic, remembered, constrained, index
         )
+        self._made_of = _state(model)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the model is what it was (steps of a fused optimizer leave no trace)."""
+        now = _state(self.model)
+        return len(now) == len(self._made_of) and all(
+            before is after and version == other
+            for (before, version), (after, other) in zip(self._made_of, now)
+        )
+
+    def _served(self, users, histories) -> Dataset:
+        if not self.fresh:
+            raise RuntimeError("model: expected no changes, got some: make another Recommender")
+        return served_dataset(self.model.dataset, users, histories)
 
     def warm_up(self) -> None:
         """Capture CUDA graphs for users like the model's own, of whom there must be some.
@@ -113,7 +137,7 @@ class Recommender:
             TypeError: ids that are no strings, no list where several belong, `histories` that
             name no users, or k no whole number. All in one line.
         """
-        dataset = served_dataset(self.model.dataset, users, histories)
+        dataset = self._served(users, histories)
         rows = np.arange(len(dataset.user_ids))
         advance = None
         if progress:
@@ -140,7 +164,7 @@ class Recommender:
         Raises:
             ValueError, TypeError: as `recommend`, at the call or before the first chunk.
         """
-        dataset = served_dataset(self.model.dataset, users, histories)
+        dataset = self._served(users, histories)
         engine, chunks = self.engine.over(dataset), chunks_of(dataset, chunk)
         advance = (progress or Silent()).stage("Users", len(chunks), "chunks")
 
@@ -180,7 +204,15 @@ class Recommender:
         path = Path(path)
         if path.is_dir():
             raise ValueError(f"path: expected a file, got the folder {path}")
-        dataset = served_dataset(self.model.dataset, users, histories)
+        dataset = self._served(users, histories)
         chunks, engine = chunks_of(dataset, chunk), self.engine.over(dataset)
         engine.check(chunks[0], k)
         write_chunks(engine, chunks, path, int(k), progress or Silent())  # k: maybe NumPy's
+
+
+def _state(model: ContRec) -> list:
+    """What decides lists: the dataset, and all tensors with how often they were written to."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [(model.dataset, 0)] + [
+        (tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors
+    ]
