@@ -4,7 +4,7 @@ import cli_cases
 import pytest
 from cli_cases import contrec, names, refused
 
-from contrec_fast.models.contrec import ContRec
+from contrec_fast.engine import Recommender
 
 run, world = cli_cases.run, cli_cases.world
 
@@ -21,7 +21,7 @@ def test_too_little_memory_is_one_line(run, monkeypatch, error, line):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(ContRec, "recommend", fail)
+    monkeypatch.setattr(Recommender, "recommend", fail)
     assert refused("recommend", run).startswith(f"contrec: {line}")
 
 
@@ -29,7 +29,7 @@ def test_other_errors_are_no_refusals(run, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(ContRec, "recommend", fail)
+    monkeypatch.setattr(Recommender, "recommend", fail)
     result = contrec("recommend", run)
     assert str(result.exception) == "a defect" and "contrec:" not in result.stderr
 
